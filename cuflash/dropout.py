@@ -1,0 +1,63 @@
+"""Dropout of P by a counter-based generator: the same mask forward and backward, on every backend, for every tiling.
+
+Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The key is the
+64-bit seed. One counter serves eight elements of P, one 16-bit number each, chosen so that a lane of a tensor-core
+accumulator finds its elements in one counter:
+
+    q_index  = 16 a + 8 s + g      (s in 0..1, g in 0..7)
+    kv_index = 16 b + 8 t + 2 c + u (t in 0..1, c in 0..3, u in 0..1)
+    counter  = (8 a + g, 4 b + c, head, batch);  word 2 s + t;  its low half for u = 0, the high half for u = 1
+
+An element is dropped when its number is below round(65536 dropout_p). Indices are local to the sequence, and batch is
+the index of the sequence when sequences are packed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+_MULTIPLIER = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_KEY_STEP = (0x9E3779B9, 0xBB67AE85)
+_LOW = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+
+
+def philox4x32(
+    counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: tuple[int, int], rounds: int = 10
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Four 32-bit random words for each counter (four broadcastable integer arrays); returned as uint64 arrays."""
+    x0, x1, x2, x3 = (np.asarray(word, dtype=np.uint64) for word in counter)
+    key0, key1 = key
+    for _ in range(rounds):
+        product0 = x0 * _MULTIPLIER[0]
+        product1 = x2 * _MULTIPLIER[1]
+        x0, x2 = (product1 >> _SHIFT) ^ x1 ^ np.uint64(key0), (product0 >> _SHIFT) ^ x3 ^ np.uint64(key1)
+        x1, x3 = product1 & _LOW, product0 & _LOW
+        key0 = (key0 + _KEY_STEP[0]) & 0xFFFFFFFF
+        key1 = (key1 + _KEY_STEP[1]) & 0xFFFFFFFF
+    return x0, x1, x2, x3
+
+
+def threshold(dropout_p: float) -> int:
+    """The 16-bit number below which an element is dropped."""
+    return round(dropout_p * 65536)
+
+
+def keep_mask(
+    seed: int, dropout_p: float, batch: int, head: int, q_start: int, q_stop: int, kv_start: int, kv_stop: int
+) -> np.ndarray:
+    """Which elements of P[batch, head, q_start:q_stop, kv_start:kv_stop] are kept: bool [rows, cols]."""
+    a0, a1 = q_start // 16, -(-q_stop // 16)
+    b0, b1 = kv_start // 16, -(-kv_stop // 16)
+    rows = np.arange(8 * a0, 8 * a1)[:, None]
+    cols = np.arange(4 * b0, 4 * b1)[None, :]
+    words = philox4x32((rows, cols, np.uint64(head), np.uint64(batch)), (seed & 0xFFFFFFFF, seed >> 32))
+    numbers = np.empty((a1 - a0, 2, 8, b1 - b0, 2, 4, 2), dtype=np.uint16)
+    for s in range(2):
+        for t in range(2):
+            word = words[2 * s + t].reshape(a1 - a0, 8, b1 - b0, 4)
+            numbers[:, s, :, :, t, :, 0] = word & np.uint64(0xFFFF)
+            numbers[:, s, :, :, t, :, 1] = word >> np.uint64(16)
+    keep = numbers.reshape(16 * (a1 - a0), 16 * (b1 - b0)) >= threshold(dropout_p)
+    return keep[q_start - 16 * a0 : q_stop - 16 * a0, kv_start - 16 * b0 : kv_stop - 16 * b0]

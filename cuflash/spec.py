@@ -1,0 +1,89 @@
+"""The problem as frozen values: `Spec` is what a kernel's code depends on, `Tile` how it is cut, `Problem` one call.
+
+A Spec renders itself as the C++ constexpr text that stands at the top of a compiled kernel, so the rendered
+source is the whole cache key. Lengths, strides and scalar values are run-time parameters and live in Problem.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from cuflash.masking import Mask
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def _render(value: object, type_name: str, constant: str) -> str:
+    """One frozen value as a C++20 constexpr with designated initialisers."""
+    lines = []
+    for field in fields(value):  # type: ignore[arg-type]
+        item = getattr(value, field.name)
+        if isinstance(item, bool):
+            text = "true" if item else "false"
+        elif isinstance(item, str):
+            text = f"{field.name.capitalize()}::{item}"
+        else:
+            text = str(item)
+        lines.append(f"    .{field.name} = {text},\n")
+    return f"constexpr {type_name} {constant}{{\n{''.join(lines)}}};\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """What is computed, as far as the code of a kernel depends on it."""
+
+    dtype: str  # of q, k, v and the result: one of DTYPES
+    head_dim: int
+    head_dim_v: int
+    bounded_left: bool = False  # the mask has a left bound
+    bounded_right: bool = False  # the mask has a right bound (causal is the bound 0)
+    softcap: bool = False
+    alibi: bool = False
+    sinks: bool = False
+    packed: bool = False  # sequences are delimited by cu_seqlens
+    dropout: bool = False
+    deterministic: bool = False
+
+    def render(self) -> str:
+        """`constexpr Spec SPEC{...};` with every field named."""
+        return _render(self, "Spec", "SPEC")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """How a kernel cuts the score matrix S [q_len, kv_len]."""
+
+    rows: int  # queries a tile
+    cols: int  # keys a tile
+    stages: int = 1  # K/V tiles in flight
+    warps: int = 4
+
+    def render(self) -> str:
+        """`constexpr Tile TILE{...};` with every field named."""
+        return _render(self, "Tile", "TILE")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One call, validated: the Spec and the run-time values that a backend takes as parameters.
+
+    Arrays reach a backend head-minor, [batch, len, heads, dim] or packed [total, heads, dim], whatever layout the
+    caller used; `q_len` and `kv_len` are then the packed totals.
+    """
+
+    spec: Spec
+    mask: Mask
+    batch: int  # sequences
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    scale: float
+    softcap: float | None
+    dropout_p: float
+    seed: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads // self.kv_heads

@@ -1,0 +1,20 @@
+"""Settings of every test run: which tests need a GPU, and how hypothesis draws its examples."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+
+# The same examples on every run, on slow and on fast machines: a failure is a finding, never a draw of the dice.
+settings.register_profile("cuflash", derandomize=True, deadline=None, database=None)
+settings.load_profile("cuflash")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests marked `gpu` unless the `-m` expression speaks of them."""
+    if "gpu" in (config.getoption("-m") or ""):
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in set(gpu)]
