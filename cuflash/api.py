@@ -16,8 +16,7 @@ import numpy as np
 from cuflash import arrays, masking, numpy_backend
 from cuflash.arrays import Signature
 from cuflash.errors import UnsupportedError
-from cuflash.numpy_backend import Extras
-from cuflash.spec import DTYPES, Problem, Spec
+from cuflash.spec import DTYPES, Extras, Problem, Spec
 
 _LAYOUTS = ("bshd", "bhsd")
 _BACKENDS = ("numpy", "cuda")
@@ -41,6 +40,7 @@ def flash_attention(
     seed: int | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
+    allow_tf32: bool = False,
     layout: str = "bshd",
     backend: str | None = None,
 ) -> Any:
@@ -82,7 +82,11 @@ def flash_attention(
         Also return LSE, the natural log of the softmax's denominator (sink included): float32 (float64 for float64
         inputs) [batch, heads, q_len], packed [heads, total_q], in either layout.
     deterministic : bool
-        Bitwise the same results from the same inputs. (The forward always is; so is everything on the NumPy backend.)
+        Bitwise the same results from the same inputs. (The forward always is, and so are the gradients of the NumPy
+        backend and of the portable kernels.)
+    allow_tf32 : bool
+        float32 products on a GPU with TF32's 10-bit mantissas; by default they have float32 accuracy (three TF32
+        terms).
     layout : "bshd" or "bhsd"
     backend : None, "numpy" or "cuda"
         None chooses by where the arrays are.
@@ -128,6 +132,7 @@ def flash_attention_backward(
     dropout_p: float = 0.0,
     seed: int | None = None,
     deterministic: bool = False,
+    allow_tf32: bool = False,
     layout: str = "bshd",
     backend: str | None = None,
     dlse: Any = None,
@@ -262,7 +267,7 @@ def _prepare(arguments: tuple[Any, ...], *options: Any) -> _Call:
     if plan.problem.spec.packed and plan.backend == "numpy":
         _check_boundaries("cu_seqlens_q", cu_seqlens_q, plan.problem.q_len)
         _check_boundaries("cu_seqlens_k", cu_seqlens_k, plan.problem.kv_len)
-    call = _Call(plan, numpy_backend, q, k, v, Extras(alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k))
+    call = _Call(plan, _library(plan.backend), q, k, v, Extras(alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k))
     return call._replace(q=call.head_minor(q), k=call.head_minor(k), v=call.head_minor(v))
 
 
@@ -282,11 +287,13 @@ def _plan(
     dropout_p: Any,
     seed: Any,
     deterministic: Any,
+    allow_tf32: Any,
     layout: Any,
     backend: Any,
 ) -> _Plan:
     _check_flag("causal", causal)
     _check_flag("deterministic", deterministic)
+    _check_flag("allow_tf32", allow_tf32)
     if layout not in _LAYOUTS:
         _bad("layout", repr(layout), f"one of {_LAYOUTS}")
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
@@ -369,6 +376,7 @@ def _plan(
             packed=packed,
             dropout=dropout_p > 0,
             deterministic=bool(deterministic),
+            allow_tf32=bool(allow_tf32),
         ),
         mask=mask,
         batch=batch,
@@ -402,16 +410,13 @@ def _bad(name: str, was: str, allowed: str, error: type[Exception] = ValueError)
 
 
 def _operand(name: str, array: Any) -> Any:
-    """The array as a backend takes it: NumPy's and CuPy's as they are, any other CPU array as a NumPy view."""
+    """The array as a backend takes it: NumPy's and CuPy's as they are, any other as a view
+    through DLPack."""
     kind = arrays.kind(array)
     if kind in ("numpy", "cupy"):
         return array
     if kind == "":
         _bad(name, f"{array!r:.60} ({type(array).__name__})", "a NumPy or CuPy array or one with __dlpack__", TypeError)
-    if not arrays.on_cpu(array):
-        raise UnsupportedError(
-            f"{name}: got a {type(array).__name__} that is not in the CPU's memory; this build runs on the CPU only"
-        )
     try:
         return arrays.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
@@ -456,13 +461,24 @@ def _checked_window(window_size: Any) -> tuple[int | None, int | None]:
 def _checked_backend(backend: Any, device: str) -> str:
     if backend is not None and backend not in _BACKENDS:
         _bad("backend", repr(backend), f"None or one of {_BACKENDS}")
-    if device == "cpu" and backend != "cuda":
-        return "numpy"
+    if device != "cpu":
+        if backend == "numpy":
+            _bad("backend", f"'numpy' with q on {device}", "None or 'cuda' for arrays on a GPU")
+        return "cuda"
+    if backend == "cuda":
+        raise UnsupportedError(
+            "backend: got 'cuda' with q in the CPU's memory; copy it to the GPU with cupy.asarray(q)"
+        )
+    return "numpy"
+
+
+def _library(backend: str) -> Any:
+    """The module of a backend; CuPy is imported by the first call on a GPU."""
     if backend == "numpy":
-        _bad("backend", f"'numpy' with q on {device}", "None or 'cuda' for arrays on a GPU")
-    raise UnsupportedError(
-        f"backend: got {backend!r} with q on {device}; this build has no CUDA kernels yet: pass NumPy arrays"
-    )
+        return numpy_backend
+    from cuflash.cuda import launch
+
+    return launch
 
 
 def _check_device(name: str, array: Signature, q: Signature) -> None:

@@ -1,7 +1,7 @@
 """One small view of any array, without importing its framework.
 
 A `Signature` is what can be said of an array without reading it (shape, strides, dtype, device). NumPy arrays are used
-as they are; CuPy's give their fields; every other CPU array comes in through DLPack, zero copies, and results go back
+as they are; CuPy's give their fields; every other array comes in through DLPack, zero copies, and results go back
 through the `from_dlpack` of the caller's own library. DLPack's struct is read here with ctypes because NumPy's reader
 knows no bfloat16.
 """
@@ -116,16 +116,15 @@ class _Borrowed:
         self.__array_interface__ = interface
 
 
-def on_cpu(array: Any) -> bool:
-    """Whether a `__dlpack__` array lies in the CPU's memory."""
-    return int(array.__dlpack_device__()[0]) == _CPU
-
-
-def from_dlpack(array: Any) -> np.ndarray:
-    """A NumPy view of a CPU array that has `__dlpack__`; no copy, bfloat16 included.
+def from_dlpack(array: Any) -> Any:
+    """A view of an array that has `__dlpack__`: NumPy's on the CPU (bfloat16 included), CuPy's on a GPU; no copy.
 
     Raises BufferError (or what the other library raises) when the array cannot be exported.
     """
+    if int(array.__dlpack_device__()[0]) != _CPU:
+        import cupy
+
+        return cupy.from_dlpack(array)
     try:
         capsule = array.__dlpack__(max_version=(1, 0))
     except TypeError:  # a library from before DLPack 1.0
@@ -168,11 +167,15 @@ class _Exported:
         return capsule
 
 
-def like(result: np.ndarray, array: Any) -> Any:
-    """`result` as the kind of array that `array` is; a NumPy array where that library offers no `from_dlpack`."""
+def like(result: Any, array: Any) -> Any:
+    """`result` (NumPy's or CuPy's) as the kind of array `array` is, or unchanged if that has no `from_dlpack`."""
+    if isinstance(array, type(result)):
+        return result
     if hasattr(array, "__array_namespace__"):
         library = array.__array_namespace__()
     else:
         library = sys.modules.get(type(array).__module__.partition(".")[0])
     convert = getattr(library, "from_dlpack", None)
-    return result if convert is None or library is np else convert(_Exported(result))
+    if convert is None:
+        return result
+    return convert(_Exported(result) if isinstance(result, np.ndarray) else result)

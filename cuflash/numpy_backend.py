@@ -12,23 +12,14 @@ boundaries in cu_seqlens. Results are written into arrays given by the caller.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from cuflash import dropout, tuning
-from cuflash.spec import Problem, Tile
+from cuflash.spec import Extras, Problem, Tile
 
 empty = np.empty  # how a result is allocated
-
-
-class Extras(NamedTuple):
-    """The optional arrays of a call; None where the option is not used."""
-
-    alibi_slopes: Any = None  # [heads] or [batch, heads]
-    sinks: Any = None  # [heads]
-    cu_seqlens_q: Any = None  # [sequences + 1]
-    cu_seqlens_k: Any = None
 
 
 class _Sequence(NamedTuple):

@@ -9,7 +9,7 @@ One head, with whole matrices [q_len, kv_len]:
     S = scale * Q K^T;  S = softcap * tanh(S / softcap);  S = S - slope * |q_pos - kv_pos|;  S = -inf where masked
     LSE = log(exp(sink) + sum_j exp(S_j));  P = exp(S - LSE);  P' = keep * P / (1 - dropout_p);  O = P' V
 
-    dV = P'^T dO;  dP = keep * (dO V^T) / (1 - dropout_p);  D = rowsum(P * dP)  (which is rowsum(O * dO))
+    dV = P'^T dO;  dP = keep * (dO V^T) / (1 - dropout_p);  D = rowsum(dO * O)
     dS = P * (dP - D + dLSE);  dsink = sum_i exp(sink - LSE_i) * (dLSE_i - D_i)
     dS = dS * (1 - tanh^2);  dQ = scale * dS K;  dK = scale * dS^T Q
 
@@ -176,7 +176,7 @@ class _Head:
         d_probabilities = self._keep(np.where(self.allowed, dout @ self.v.T, 0))
         d_probabilities = self._keep(self._drop(d_probabilities))
 
-        delta = (stages.probabilities * d_probabilities).sum(axis=1)
+        delta = (dout * stages.out).sum(axis=1)
         d_scores = stages.probabilities * (d_probabilities + (dlse - delta)[:, None])
         d_scores = self._keep(np.where(self.allowed, d_scores, 0))
         if stages.tanh is not None:

@@ -7,6 +7,7 @@ source is the whole cache key. Lengths, strides and scalar values are run-time p
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 from cuflash.masking import Mask
 
@@ -43,6 +44,7 @@ class Spec:
     packed: bool = False  # sequences are delimited by cu_seqlens
     dropout: bool = False
     deterministic: bool = False
+    allow_tf32: bool = False  # float32 products with one TF32 term instead of three
 
     def render(self) -> str:
         """`constexpr Spec SPEC{...};` with every field named."""
@@ -55,8 +57,10 @@ class Tile:
 
     rows: int  # queries a tile
     cols: int  # keys a tile
-    stages: int = 1  # K/V tiles in flight
+    stages: int = 1  # tiles in flight
     warps: int = 4
+    split: int = 1  # warps that share rows and divide the head dimension of the accumulators
+    vector: int = 16  # bytes one copy instruction moves: 16, or an element's where alignment allows no more
 
     def render(self) -> str:
         """`constexpr Tile TILE{...};` with every field named."""
@@ -87,3 +91,12 @@ class Problem:
     def group(self) -> int:
         """Query heads that share one key/value head."""
         return self.heads // self.kv_heads
+
+
+class Extras(NamedTuple):
+    """The optional arrays of a call; None where the option is not used."""
+
+    alibi_slopes: Any = None  # [heads] or [batch, heads]
+    sinks: Any = None  # [heads]
+    cu_seqlens_q: Any = None  # [sequences + 1]
+    cu_seqlens_k: Any = None

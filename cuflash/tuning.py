@@ -2,9 +2,116 @@
 
 from __future__ import annotations
 
-from cuflash.spec import Tile
+from dataclasses import replace
+
+from cuflash.spec import Spec, Tile
+
+# Bytes of shared memory a thread block may use, by code path (100 * major + 10 * minor); CUDA C++ Programming Guide,
+# "Technical Specifications per Compute Capability".
+SHARED_MEMORY = {
+    750: 65_536,
+    800: 166_912,
+    860: 101_376,
+    870: 166_912,
+    890: 101_376,
+    900: 232_448,
+    1000: 232_448,
+    1100: 232_448,
+    1200: 101_376,
+}
+MAX_HEAD_DIM = 256  # of the portable kernels
 
 
 def numpy_tile(q_len: int, kv_len: int) -> Tile:
     """The NumPy backend's tile: score tiles that stay in a core's cache, few enough for Python's cost to vanish."""
     return Tile(rows=min(256, max(q_len, 1)), cols=min(512, max(kv_len, 1)))
+
+
+# Tiles of the portable kernels as (rows, cols, stages, warps, split), by kernel, width of an element in bytes and the
+# head dimension they reach. The first that fits into shared memory is taken. Registers decide rows and split: a warp
+# keeps 16 rows of every accumulator, head_dim / 2 / split registers a lane each, and no variant may spill.
+_PORTABLE = {
+    ("forward_portable", 2): {
+        64: ((128, 64, 2, 8, 1), (64, 64, 1, 4, 1)),
+        128: ((128, 64, 2, 8, 1), (128, 32, 2, 8, 1), (64, 64, 1, 4, 1)),
+        192: ((128, 64, 1, 8, 1), (64, 64, 1, 4, 1), (32, 32, 1, 2, 1)),
+        256: ((64, 64, 1, 4, 1), (32, 32, 1, 2, 1)),
+    },
+    ("forward_portable", 4): {
+        64: ((128, 32, 2, 8, 1), (64, 32, 2, 4, 1)),
+        128: ((128, 32, 2, 8, 1), (64, 32, 1, 4, 1)),
+        192: ((64, 32, 1, 8, 2), (32, 16, 1, 4, 2)),
+        256: ((64, 32, 1, 8, 2), (32, 16, 1, 4, 2)),
+    },
+    ("backward_portable_dkv", 2): {
+        64: ((64, 128, 2, 8, 1), (64, 64, 1, 4, 1)),
+        128: ((32, 128, 2, 8, 1), (32, 64, 2, 4, 1), (32, 64, 1, 4, 1)),
+        192: ((32, 64, 1, 8, 2), (16, 32, 1, 4, 2)),
+        256: ((32, 64, 1, 8, 2), (16, 64, 1, 8, 2), (16, 32, 1, 4, 2)),
+    },
+    ("backward_portable_dkv", 4): {
+        64: ((32, 64, 2, 4, 1),),
+        128: ((16, 64, 2, 8, 2), (16, 64, 1, 8, 2)),
+        192: ((16, 32, 1, 8, 4),),
+        256: ((16, 32, 1, 8, 4),),
+    },
+    ("backward_portable_dq", 2): {
+        64: ((128, 64, 2, 8, 1), (64, 64, 1, 4, 1)),
+        128: ((128, 64, 2, 8, 1), (64, 32, 2, 4, 1), (64, 32, 1, 4, 1)),
+        192: ((64, 32, 1, 4, 1), (32, 32, 1, 2, 1), (32, 16, 1, 2, 1)),
+        256: ((64, 32, 1, 4, 1), (32, 16, 1, 2, 1)),
+    },
+    ("backward_portable_dq", 4): {
+        64: ((64, 32, 2, 4, 1),),
+        128: ((64, 32, 2, 4, 1), (32, 32, 1, 2, 1)),
+        192: ((64, 16, 1, 8, 2), (32, 16, 1, 4, 2)),
+        256: ((64, 16, 1, 8, 2), (32, 16, 1, 4, 2)),
+    },
+}
+_ROWWISE = Tile(rows=1, cols=1, warps=8)  # kernels that work row by row
+_RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, head_dim_v and packed
+    "forward_portable": ("bounded_left", "bounded_right", "softcap", "alibi", "sinks", "dropout", "allow_tf32"),
+    "backward_portable_dkv": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "allow_tf32"),
+    "backward_portable_dq": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "allow_tf32"),
+    "backward_prepare": (),
+    "backward_sinks": ("sinks",),
+}
+
+
+def kernel_spec(kernel: str, spec: Spec) -> Spec:
+    """The Spec as far as a kernel's code depends on it, so that calls that differ elsewhere share one compilation."""
+    relevant = {name: getattr(spec, name) for name in _RELEVANT[kernel]}
+    return Spec(dtype=spec.dtype, head_dim=spec.head_dim, head_dim_v=spec.head_dim_v, packed=spec.packed, **relevant)
+
+
+def portable_tile(kernel: str, spec: Spec, path: int, vector: int) -> Tile:
+    """The tile of one of the portable kernels on a code path; `vector` is the width of its copies in bytes."""
+    element_bytes = 4 if spec.dtype == "float32" else 2
+    table = _PORTABLE.get((kernel, element_bytes))
+    if table is None:
+        return replace(_ROWWISE, vector=vector)
+    reach = next(dim for dim in table if max(spec.head_dim, spec.head_dim_v) <= dim)
+    for rows, cols, stages, warps, split in table[reach]:
+        stages = 1 if path < 800 else stages  # without asynchronous copies there is nothing to keep in flight
+        tile = Tile(rows=rows, cols=cols, stages=stages, warps=warps, split=split, vector=vector)
+        if shared_bytes(kernel, spec, tile) <= SHARED_MEMORY[path]:
+            return tile
+    raise AssertionError(f"no tile of {kernel} fits into the shared memory of path {path}: {spec}")
+
+
+def shared_bytes(kernel: str, spec: Spec, tile: Tile) -> int:
+    """Dynamic shared memory of a portable kernel, in bytes: the sums at the top of its source."""
+    element_bytes = 4 if spec.dtype == "float32" else 2
+
+    def pitch(dim: int) -> int:  # row_pitch of cuda_src/product.cuh
+        step = 16 * tile.split
+        return -(-dim // step) * step * element_bytes + 16
+
+    q_row, kv_row = pitch(spec.head_dim), pitch(spec.head_dim) + pitch(spec.head_dim_v)
+    if kernel == "forward_portable":
+        return tile.rows * q_row + tile.stages * tile.cols * kv_row
+    if kernel == "backward_portable_dkv":
+        return tile.cols * kv_row + tile.stages * tile.rows * (kv_row + 8)  # 8: LSE and D
+    if kernel == "backward_portable_dq":
+        return tile.rows * kv_row + tile.stages * tile.cols * kv_row
+    return 0

@@ -1,0 +1,119 @@
+// Backward attention with mma.sync, dQ: one thread block a tile of queries of one head, looping over tiles of keys.
+// S and dP are computed again rather than passed on by the dK/dV kernel: two products more, but no workspace, no atomics,
+// and dS is an accumulator that becomes the left operand of dQ without leaving registers. TILE.split warps share rows: each
+// computes the same dS and keeps its slice of dQ.
+#include "backward_stage.cuh"
+#include "copy.cuh"
+
+constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
+constexpr int WARP_ROWS = TILE.rows / (TILE.warps / TILE.split);
+constexpr int M = WARP_ROWS / 16;
+constexpr int N = TILE.cols / 8;  // across S
+constexpr int SLICE = padded_dim(D) / TILE.split;
+constexpr int Q_BYTES = TILE.rows * row_pitch(D), DO_BYTES = TILE.rows * row_pitch(DV);
+constexpr int K_BYTES = TILE.cols * row_pitch(D), V_BYTES = TILE.cols * row_pitch(DV);
+
+extern "C" __global__ void __launch_bounds__(THREADS) backward_portable_dq(const __grid_constant__ Params p) {
+    extern __shared__ __align__(16) unsigned char smem[];
+    const unsigned int Q_smem = shared_address(smem);
+    const unsigned int dO_smem = Q_smem + Q_BYTES;
+    const unsigned int KV_smem = dO_smem + DO_BYTES;
+
+    const Work work = find_work<TILE.rows, false>(p, p.q_tiles, p.heads);
+    if (!work.exists) return;
+    const Sequence& sequence = work.sequence;
+    const int head = work.head, kv_head = head / p.group;
+    const int q_first = work.tile * TILE.rows;
+    const int q_rows = min(TILE.rows, sequence.q_len - q_first);
+    const long long q_row = sequence.q_start + q_first;
+    const Band band(p, sequence);
+    const TileRange tiles = band.kv_tiles(q_first, q_first + q_rows - 1);
+
+    const Element* K_gmem = head_rows(p.k, sequence.batch, sequence.kv_start, kv_head);
+    const Element* V_gmem = head_rows(p.v, sequence.batch, sequence.kv_start, kv_head);
+    auto load_kv = [&](int tile) {
+        if (tile < tiles.last) {
+            const unsigned int K_smem = KV_smem + (tile % TILE.stages) * (K_BYTES + V_BYTES);
+            const int kv_first = tile * TILE.cols, rows = sequence.kv_len - kv_first;
+            load_tile<TILE.cols, D>(K_smem, K_gmem + kv_first * p.k.row_stride, p.k.row_stride, rows);
+            load_tile<TILE.cols, DV>(K_smem + K_BYTES, V_gmem + kv_first * p.v.row_stride, p.v.row_stride, rows);
+        }
+        copy_async_commit();
+    };
+
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int warp_row = warp / TILE.split * WARP_ROWS, first_col = warp % TILE.split * SLICE;
+    const Scores scores(p, sequence.index, head, band.offset);
+    const Dropout dropout(p, sequence.index, head);
+    const float* lse_gmem = statistic_rows(p.lse, sequence.batch, q_row, head);
+    const float* delta_gmem = statistic_rows(p.delta, sequence.batch, q_row, head);
+    float reference[M][2], delta[M][2];  // of this lane's rows
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = warp_row + 16 * i + lane / 4 + 8 * half;
+            reference[i][half] = row < q_rows ? exponent_reference(lse_gmem[row]) : 0.0f;
+            delta[i][half] = row < q_rows ? delta_gmem[row] : 0.0f;
+        }
+    }
+    float dQ[M][SLICE / 8][4] = {};  // [rows, head_dim]
+
+    load_tile<TILE.rows, D>(Q_smem, head_rows(p.q, sequence.batch, q_row, head), p.q.row_stride, q_rows);
+    load_tile<TILE.rows, DV>(dO_smem, head_rows(p.dout, sequence.batch, q_row, head), p.dout.row_stride, q_rows);
+    for (int stage = 0; stage < TILE.stages - 1; ++stage) load_kv(tiles.first + stage);
+    for (int tile = tiles.first; tile < tiles.last; ++tile) {
+        if constexpr (TILE.stages == 1) {
+            __syncthreads();
+            load_kv(tile);
+            copy_async_wait<0>();
+            __syncthreads();
+        } else {
+            copy_async_wait<TILE.stages - 2>();
+            __syncthreads();
+            load_kv(tile + TILE.stages - 1);
+        }
+        const unsigned int K_smem = KV_smem + (tile % TILE.stages) * (K_BYTES + V_BYTES);
+        const unsigned int V_smem = K_smem + K_BYTES;
+        const int kv_first = tile * TILE.cols;
+
+        // S = Q K^T and dP = dO V^T  [rows, cols]
+        float S[M][N][4] = {}, dP[M][N][4] = {};
+        multiply_nt<D>(S, Q_smem + warp_row * row_pitch(D), K_smem);
+        multiply_nt<DV>(dP, dO_smem + warp_row * row_pitch(DV), V_smem);
+
+        // dS (in dP)
+        const bool cut = band.cuts(q_first, kv_first);
+#pragma unroll
+        for (int i = 0; i < M; ++i) {
+#pragma unroll
+            for (int n = 0; n < N; n += 2) {
+                float dropped[2][4] = {{1, 1, 1, 1}, {1, 1, 1, 1}};
+                if constexpr (SPEC.dropout) {
+                    dropout.factors(dropped, q_first + warp_row + 16 * i, kv_first + 8 * n);
+                }
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) {
+                        const int q_index = q_first + warp_row + 16 * i + lane / 4 + r / 2 * 8;
+                        const int kv_index = kv_first + 8 * (n + half) + lane % 4 * 2 + r % 2;
+                        differentiate(S[i][n + half][r], dP[i][n + half][r], scores, band, cut, q_index, kv_index,
+                                      reference[i][r / 2], delta[i][r / 2], dropped[half][r]);
+                    }
+                }
+            }
+        }
+
+        // dQ += dS K  [rows, head_dim]
+        multiply_nn<D>(dQ, dP, K_smem + first_col * ELEMENT_BYTES);
+    }
+    copy_async_wait<0>();
+
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+        const int row = warp_row + 16 * i;
+        store_gradient<D>(p.dq, p.dq_float32, sequence.batch, q_row + row, head, q_rows - row, first_col, dQ[i], p.scale,
+                          p.accumulate);
+    }
+}

@@ -1,0 +1,151 @@
+// Tiles from global to shared memory: asynchronous on sm_80 and newer, through registers on sm_75.
+#pragma once
+#include "params.cuh"
+#include "product.cuh"
+
+__device__ __forceinline__ unsigned int shared_address(const void* pointer) {
+    return static_cast<unsigned int>(__cvta_generic_to_shared(pointer));
+}
+
+#if CUFLASH_ARCH >= 800
+// 16 bytes, of which the first `bytes` are read and the others become zero.
+__device__ __forceinline__ void copy_async_16(unsigned int smem_address, const void* gmem, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address), "l"(gmem), "r"(bytes));
+}
+
+// 4 bytes, or zero.
+__device__ __forceinline__ void copy_async_4(unsigned int smem_address, const void* gmem, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem_address), "l"(gmem), "r"(bytes));
+}
+
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;"); }
+
+// Wait until at most PENDING of the latest committed groups are under way.
+template <int PENDING>
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+#else
+__device__ __forceinline__ void copy_async_16(unsigned int smem_address, const void* gmem, int bytes) {
+    const uint4 value = bytes > 0 ? *static_cast<const uint4*>(gmem) : make_uint4(0, 0, 0, 0);
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(smem_address), "r"(value.x), "r"(value.y), "r"(value.z),
+                 "r"(value.w));
+}
+
+__device__ __forceinline__ void copy_async_4(unsigned int smem_address, const void* gmem, int bytes) {
+    const unsigned int value = bytes > 0 ? *static_cast<const unsigned int*>(gmem) : 0;
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem_address), "r"(value));
+}
+
+__device__ __forceinline__ void copy_async_commit() {}
+
+template <int PENDING>
+__device__ __forceinline__ void copy_async_wait() {}
+#endif
+
+// The address of row 0 of one head of one sequence.
+__device__ __forceinline__ Element* head_rows(const Tensor& tensor, int batch, long long row, int head) {
+    return static_cast<Element*>(tensor.data) + batch * tensor.batch_stride + row * tensor.row_stride +
+           head * tensor.head_stride;
+}
+
+// X_smem [ROWS, padded DIM] = X_gmem [rows, DIM], zero from `rows` on: rows outside a sequence are never read.
+template <int ROWS, int DIM>
+__device__ __forceinline__ void load_tile(unsigned int X_smem, const Element* X_gmem, long long row_stride, int rows) {
+    constexpr int CHUNKS = padded_dim(DIM) / CHUNK;  // 16-byte chunks a row
+#pragma unroll 4
+    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
+        const int row = i / CHUNKS;
+        const int col = i % CHUNKS * CHUNK;
+        const Element* source = X_gmem + row * row_stride + col;
+        const unsigned int target = X_smem + row * row_pitch(DIM) + col * ELEMENT_BYTES;
+        if constexpr (TILE.vector == 16) {
+            const bool inside = row < rows && col < DIM;
+            copy_async_16(target, inside ? source : X_gmem, inside ? 16 : 0);
+        } else {  // rows that are not aligned: an element at a time
+            Element chunk[CHUNK];
+#pragma unroll
+            for (int j = 0; j < CHUNK; ++j) {
+                if (row < rows && col + j < DIM) {
+                    chunk[j] = source[j];
+                } else {
+                    from_float(chunk[j], 0.0f);
+                }
+            }
+            uint4 value;
+            memcpy(&value, chunk, 16);
+            asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(target), "r"(value.x), "r"(value.y),
+                         "r"(value.z), "r"(value.w));
+        }
+    }
+}
+
+// The statistic's address of row 0 of one head of one sequence.
+__device__ __forceinline__ float* statistic_rows(const RowStatistic& statistic, int batch, long long row, int head) {
+    return statistic.data + batch * statistic.batch_stride + head * statistic.head_stride + row;
+}
+
+// x_smem [ROWS] = x_gmem [rows], zero from `rows` on.
+template <int ROWS>
+__device__ __forceinline__ void load_statistic(unsigned int x_smem, const float* x_gmem, int rows) {
+    for (int row = threadIdx.x; row < ROWS; row += THREADS) {
+        const bool inside = row < rows;
+        copy_async_4(x_smem + 4 * row, inside ? x_gmem + row : x_gmem, inside ? 4 : 0);
+    }
+}
+
+template <typename T>
+struct alignas(2 * sizeof(T)) Pair {
+    T x, y;
+};
+
+// Y_gmem [rows, DIM] = Y, accumulators [16, 8 N] of one warp whose column 0 is column `first_col` of the row; `scale`
+// holds one factor for each of the lane's two rows. Y_gmem points to the warp's row 0; Out is Element or float.
+template <int DIM, typename Out, int N>
+__device__ __forceinline__ void store_accumulators(Out* Y_gmem, long long row_stride, int rows, int first_col,
+                                                   const float (&acc)[N][4], const float (&scale)[2], bool accumulate) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = lane / 4 + 8 * half;
+        if (row >= rows) continue;
+        Out* row_gmem = Y_gmem + row * row_stride;
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            const int col = first_col + 8 * n + lane % 4 * 2;
+            float x = acc[n][2 * half] * scale[half], y = acc[n][2 * half + 1] * scale[half];
+            if constexpr (TILE.vector == 16) {  // rows are aligned and DIM is even: two elements at a time
+                if (col < DIM) {
+                    Pair<Out>* target = reinterpret_cast<Pair<Out>*>(row_gmem + col);
+                    if (accumulate) {
+                        x += to_float(target->x);
+                        y += to_float(target->y);
+                    }
+                    Pair<Out> pair;
+                    from_float(pair.x, x);
+                    from_float(pair.y, y);
+                    *target = pair;
+                }
+            } else {
+                if (col < DIM) from_float(row_gmem[col], accumulate ? to_float(row_gmem[col]) + x : x);
+                if (col + 1 < DIM) from_float(row_gmem[col + 1], accumulate ? to_float(row_gmem[col + 1]) + y : y);
+            }
+        }
+    }
+}
+
+// A gradient's tile, in the dtype of q or in float32.
+template <int DIM, int N>
+__device__ __forceinline__ void store_gradient(const Tensor& tensor, bool is_float32, int batch, long long row, int head,
+                                               int rows, int first_col, const float (&acc)[N][4], float scale,
+                                               bool accumulate) {
+    const long long offset = batch * tensor.batch_stride + row * tensor.row_stride + head * tensor.head_stride;
+    const float factors[2] = {scale, scale};
+    if (is_float32) {
+        store_accumulators<DIM>(static_cast<float*>(tensor.data) + offset, tensor.row_stride, rows, first_col, acc,
+                                factors, accumulate);
+    } else {
+        store_accumulators<DIM>(static_cast<Element*>(tensor.data) + offset, tensor.row_stride, rows, first_col, acc,
+                                factors, accumulate);
+    }
+}

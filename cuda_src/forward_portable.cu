@@ -1,0 +1,178 @@
+// Forward attention with mma.sync: O = softmax(S) V, S = scale Q K^T, and LSE, by online softmax over tiles of keys.
+// One thread block a tile of queries of one head; each warp owns TILE.rows / TILE.warps rows and keeps its part of
+// S, P and O in registers. K and V tiles stream through a ring of TILE.stages buffers. TILE.split warps share rows: each
+// computes the same P and keeps its slice of O.
+#include "copy.cuh"
+#include "dropout.cuh"
+#include "mask.cuh"
+#include "scores.cuh"
+
+constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
+constexpr int WARP_ROWS = TILE.rows / (TILE.warps / TILE.split);
+constexpr int M = WARP_ROWS / 16;           // accumulator tiles down
+constexpr int N = TILE.cols / 8;            // and across S
+constexpr int SLICE = padded_dim(DV) / TILE.split;
+constexpr int N_OUT = SLICE / 8;            // and across a slice of O
+constexpr int Q_BYTES = TILE.rows * row_pitch(D);
+constexpr int K_BYTES = TILE.cols * row_pitch(D);
+constexpr int V_BYTES = TILE.cols * row_pitch(DV);
+
+extern "C" __global__ void __launch_bounds__(THREADS) forward_portable(const __grid_constant__ Params p) {
+    extern __shared__ __align__(16) unsigned char smem[];
+    const unsigned int Q_smem = shared_address(smem);
+    const unsigned int KV_smem = Q_smem + Q_BYTES;
+
+    const Work work = find_work<TILE.rows, false>(p, p.q_tiles, p.heads);
+    if (!work.exists) return;
+    const Sequence& sequence = work.sequence;
+    const int head = work.head, kv_head = head / p.group;
+    const int q_first = work.tile * TILE.rows;
+    const int q_rows = min(TILE.rows, sequence.q_len - q_first);
+    const Band band(p, sequence);
+    const TileRange tiles = band.kv_tiles(q_first, q_first + q_rows - 1);
+
+    const Element* Q_gmem = head_rows(p.q, sequence.batch, sequence.q_start + q_first, head);
+    const Element* K_gmem = head_rows(p.k, sequence.batch, sequence.kv_start, kv_head);
+    const Element* V_gmem = head_rows(p.v, sequence.batch, sequence.kv_start, kv_head);
+    auto load_kv = [&](int tile) {
+        if (tile < tiles.last) {
+            const unsigned int K_smem = KV_smem + (tile % TILE.stages) * (K_BYTES + V_BYTES);
+            const int kv_first = tile * TILE.cols, rows = sequence.kv_len - kv_first;
+            load_tile<TILE.cols, D>(K_smem, K_gmem + kv_first * p.k.row_stride, p.k.row_stride, rows);
+            load_tile<TILE.cols, DV>(K_smem + K_BYTES, V_gmem + kv_first * p.v.row_stride, p.v.row_stride, rows);
+        }
+        copy_async_commit();
+    };
+
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int warp_row = warp / TILE.split * WARP_ROWS, first_col = warp % TILE.split * SLICE;
+    const Scores scores(p, sequence.index, head, band.offset);
+    const Dropout dropout(p, sequence.index, head);
+    float O[M][N_OUT][4] = {};  // [rows, head_dim_v]
+    float m[M][2], l[M][2];     // running row maximum of S (times log2 e) and row sum of 2^(S - m), this lane's columns
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+        m[i][0] = m[i][1] = MINUS_INFINITY;
+        l[i][0] = l[i][1] = 0.0f;
+    }
+
+    load_tile<TILE.rows, D>(Q_smem, Q_gmem, p.q.row_stride, q_rows);
+    for (int stage = 0; stage < TILE.stages - 1; ++stage) load_kv(tiles.first + stage);
+    for (int tile = tiles.first; tile < tiles.last; ++tile) {
+        if constexpr (TILE.stages == 1) {
+            __syncthreads();  // everyone has read the previous tile
+            load_kv(tile);
+            copy_async_wait<0>();
+            __syncthreads();
+        } else {
+            copy_async_wait<TILE.stages - 2>();
+            __syncthreads();  // this tile is there, and everyone has read the one whose buffer comes next
+            load_kv(tile + TILE.stages - 1);
+        }
+        const unsigned int K_smem = KV_smem + (tile % TILE.stages) * (K_BYTES + V_BYTES);
+        const unsigned int V_smem = K_smem + K_BYTES;
+        const int kv_first = tile * TILE.cols;
+
+        // S = Q K^T  [rows, cols]
+        float S[M][N][4] = {};
+        multiply_nt<D>(S, Q_smem + warp_row * row_pitch(D), K_smem);
+
+        // Scale, softcap, ALiBi and mask; S is in units of log2 from here on.
+        const bool cut = band.cuts(q_first, kv_first);
+#pragma unroll
+        for (int i = 0; i < M; ++i) {
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+#pragma unroll
+                for (int r = 0; r < 4; ++r) {
+                    const int q_index = q_first + warp_row + 16 * i + lane / 4 + r / 2 * 8;
+                    const int kv_index = kv_first + 8 * n + lane % 4 * 2 + r % 2;
+                    float derivative;
+                    S[i][n][r] = scores.exponent(S[i][n][r], q_index, kv_index, derivative);
+                    if (cut && !band.allows(q_index, kv_index)) S[i][n][r] = MINUS_INFINITY;
+                }
+            }
+        }
+
+        // P = 2^(S - m) with the new maximum; O and l follow it.
+#pragma unroll
+        for (int i = 0; i < M; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float m_new = m[i][half];
+#pragma unroll
+                for (int n = 0; n < N; ++n) m_new = fmaxf(m_new, fmaxf(S[i][n][2 * half], S[i][n][2 * half + 1]));
+                m_new = fmaxf(m_new, __shfl_xor_sync(0xFFFFFFFF, m_new, 1));
+                m_new = fmaxf(m_new, __shfl_xor_sync(0xFFFFFFFF, m_new, 2));
+                const float reference = m_new == MINUS_INFINITY ? 0.0f : m_new;  // a row with no keys yet: 2^(-inf - 0) = 0
+                const float rescale = exp2_approximate(m[i][half] - reference);
+                m[i][half] = m_new;
+                l[i][half] *= rescale;
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+#pragma unroll
+                    for (int r = 2 * half; r < 2 * half + 2; ++r) {
+                        S[i][n][r] = exp2_approximate(S[i][n][r] - reference);
+                        l[i][half] += S[i][n][r];
+                    }
+                }
+#pragma unroll
+                for (int n = 0; n < N_OUT; ++n) {
+                    O[i][n][2 * half] *= rescale;
+                    O[i][n][2 * half + 1] *= rescale;
+                }
+            }
+        }
+        if constexpr (SPEC.dropout) {
+#pragma unroll
+            for (int i = 0; i < M; ++i) {
+#pragma unroll
+                for (int n = 0; n < N; n += 2) {
+                    float factors[2][4];
+                    dropout.factors(factors, q_first + warp_row + 16 * i, kv_first + 8 * n);
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) {
+                        S[i][n][r] *= factors[0][r];
+                        S[i][n + 1][r] *= factors[1][r];
+                    }
+                }
+            }
+        }
+
+        // O += P V  [rows, head_dim_v]
+        multiply_nn<DV>(O, S, V_smem + first_col * ELEMENT_BYTES);
+    }
+    copy_async_wait<0>();
+
+    // O / l and LSE; exp(sink) joins the denominator.
+    Element* O_gmem = head_rows(p.out, sequence.batch, sequence.q_start + q_first, head);
+    float* lse_gmem = statistic_rows(p.lse, sequence.batch, sequence.q_start + q_first, head);
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+        float scale[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float denominator = l[i][half];
+            denominator += __shfl_xor_sync(0xFFFFFFFF, denominator, 1);
+            denominator += __shfl_xor_sync(0xFFFFFFFF, denominator, 2);
+            float reference = m[i][half] == MINUS_INFINITY ? 0.0f : m[i][half];
+            float rescale = 1.0f;
+            if constexpr (SPEC.sinks) {
+                const float sink = LOG2_E * load_scalar(p.sinks, head * p.sinks_stride, p.sinks_float32);
+                const float m_new = fmaxf(m[i][half], sink);
+                rescale = exp2_approximate(reference - m_new);
+                denominator = denominator * rescale + exp2_approximate(sink - m_new);
+                reference = m_new;
+            }
+            const bool empty = denominator == 0.0f;  // a row that may attend to nothing
+            scale[half] = empty ? 0.0f : rescale / denominator;
+            const int row = warp_row + 16 * i + lane / 4 + 8 * half;
+            if (lane % 4 == 0 && first_col == 0 && row < q_rows) {
+                lse_gmem[row] = empty ? MINUS_INFINITY : (reference + log2f(denominator)) * LN_2;
+            }
+        }
+        const int row = warp_row + 16 * i;
+        store_accumulators<DV>(O_gmem + row * p.out.row_stride, p.out.row_stride, q_rows - row, first_col, O[i], scale,
+                               false);
+    }
+}

@@ -1,0 +1,43 @@
+// The band mask -left <= kv_pos - q_pos <= right with kv_pos = kv_index and q_pos = q_index + kv_len - q_len:
+// the range of tiles it leaves, whether a tile needs the predicate, and the predicate. The twin of cuflash/masking.py.
+#pragma once
+#include "schedule.cuh"
+
+struct Band {
+    int left, right;
+    int q_len, kv_len;
+    int offset;  // q_pos - q_index
+
+    __device__ __forceinline__ Band(const Params& p, const Sequence& s)
+        : left(p.left), right(p.right), q_len(s.q_len), kv_len(s.kv_len), offset(s.kv_len - s.q_len) {}
+
+    // Tiles of keys that some query of [q_first, q_last] may attend to.
+    __device__ __forceinline__ TileRange kv_tiles(int q_first, int q_last) const {
+        const int start = SPEC.bounded_left ? q_first + offset - left : 0;
+        const int stop = SPEC.bounded_right ? q_last + offset + right + 1 : kv_len;
+        return tiles_of(start, stop, kv_len, TILE.cols);
+    }
+
+    // Tiles of queries that may attend to some key of [kv_first, kv_last].
+    __device__ __forceinline__ TileRange q_tiles(int kv_first, int kv_last) const {
+        const int start = SPEC.bounded_right ? kv_first - right - offset : 0;
+        const int stop = SPEC.bounded_left ? kv_last + left - offset + 1 : q_len;
+        return tiles_of(start, stop, q_len, TILE.rows);
+    }
+
+    // Whether some pair of the tile at (q_first, kv_first) is masked or lies outside the sequence.
+    __device__ __forceinline__ bool cuts(int q_first, int kv_first) const {
+        const int q_last = q_first + TILE.rows - 1, kv_last = kv_first + TILE.cols - 1;
+        bool cut = kv_last >= kv_len || q_last >= q_len;
+        if constexpr (SPEC.bounded_left) cut |= kv_first < q_last + offset - left;
+        if constexpr (SPEC.bounded_right) cut |= kv_last > q_first + offset + right;
+        return cut;
+    }
+
+    __device__ __forceinline__ bool allows(int q_index, int kv_index) const {
+        bool allowed = kv_index < kv_len && q_index < q_len;
+        if constexpr (SPEC.bounded_left) allowed &= kv_index >= q_index + offset - left;
+        if constexpr (SPEC.bounded_right) allowed &= kv_index <= q_index + offset + right;
+        return allowed;
+    }
+};

@@ -1,0 +1,54 @@
+// The score stage: from the product q.k to the exponent of 2, and its derivative. Softcap and ALiBi live here.
+#pragma once
+#include "element.cuh"
+#include "params.cuh"
+
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+
+// 2^x, 2^-inf = 0.
+__device__ __forceinline__ float exp2_approximate(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// tanh to float32 accuracy for float32, to an absolute error of 1e-7 for 16-bit types.
+__device__ __forceinline__ float tanh_of(float x) {
+    if constexpr (SPEC.dtype == Dtype::float32) {
+        return tanhf(x);
+    } else {
+        return 1.0f - __fdividef(2.0f, 1.0f + exp2_approximate(x * (2.0f * LOG2_E)));
+    }
+}
+
+struct Scores {
+    float factor;      // log2(e) scale, or with softcap: scale / softcap
+    float cap;         // log2(e) softcap
+    float slope;       // log2(e) ALiBi slope of the head
+    int offset;        // q_pos - q_index
+
+    __device__ __forceinline__ Scores(const Params& p, int sequence, int head, int position_offset)
+        : factor(SPEC.softcap ? p.scale / p.softcap : p.scale * LOG2_E), cap(p.softcap * LOG2_E), slope(0.0f),
+          offset(position_offset) {
+        if constexpr (SPEC.alibi) {
+            const long long index = sequence * p.alibi_batch_stride + head * p.alibi_head_stride;
+            slope = LOG2_E * load_scalar(p.alibi_slopes, index, p.alibi_float32);
+        }
+    }
+
+    // log2(e) S from q.k; `derivative` becomes d S / d (scale q.k).
+    __device__ __forceinline__ float exponent(float product, int q_index, int kv_index, float& derivative) const {
+        float s;
+        if constexpr (SPEC.softcap) {  // c tanh(s / c)
+            const float t = tanh_of(product * factor);
+            derivative = 1.0f - t * t;
+            s = t * cap;
+        } else {
+            derivative = 1.0f;
+            s = product * factor;
+        }
+        if constexpr (SPEC.alibi) s -= slope * fabsf(static_cast<float>(q_index + offset - kv_index));
+        return s;
+    }
+};

@@ -1,0 +1,37 @@
+// The compile-time problem and tiling: the same fields as Spec and Tile of cuflash/spec.py, which render the two
+// constants SPEC and TILE below. Everything a kernel decides with `if constexpr` comes from them.
+#pragma once
+
+enum class Dtype { float16, bfloat16, float32 };
+
+struct Spec {
+    Dtype dtype;         // of q, k, v and the result
+    int head_dim;        // of q and k
+    int head_dim_v;      // of v and out
+    bool bounded_left;   // the mask has a left bound
+    bool bounded_right;  // the mask has a right bound (causal is the bound 0)
+    bool softcap;
+    bool alibi;
+    bool sinks;
+    bool packed;         // sequences are delimited by cu_seqlens
+    bool dropout;
+    bool deterministic;
+    bool allow_tf32;     // float32 products with one TF32 term instead of three
+};
+
+struct Tile {
+    int rows;    // queries a tile
+    int cols;    // keys a tile
+    int stages;  // tiles in flight
+    int warps;
+    int split;   // warps that share rows and divide the head dimension of the accumulators
+    int vector;  // bytes one copy instruction moves: 16, or the size of an element where alignment allows no more
+};
+
+#include "variant.cuh"
+
+constexpr int THREADS = 32 * TILE.warps;
+constexpr float MINUS_INFINITY = __builtin_bit_cast(float, 0xFF800000u);
+
+__device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__device__ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
