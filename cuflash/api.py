@@ -106,7 +106,9 @@ def flash_attention(
     """
     arguments = (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
     _check_flag("return_lse", return_lse)
-    call = _prepare(arguments, causal, window_size, scale, softcap, dropout_p, seed, deterministic, layout, backend)
+    call = _prepare(
+        arguments, causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout, backend
+    )
     out = call.empty(call.plan.out.shape, call.plan.out.dtype)
     lse = call.empty(call.plan.lse.shape, call.plan.lse.dtype)
     call.library.forward(call.plan.problem, call.q, call.k, call.v, call.head_minor(out), lse, call.extras)
@@ -171,7 +173,9 @@ def flash_attention_backward(
         dsinks [heads] in sinks' dtype. Rows that attend to nothing have zero gradients.
     """
     arguments = (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
-    call = _prepare(arguments, causal, window_size, scale, softcap, dropout_p, seed, deterministic, layout, backend)
+    call = _prepare(
+        arguments, causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout, backend
+    )
     plan = call.plan
     dout_, out_, lse_ = (_operand(*pair) for pair in (("dout", dout), ("out", out), ("lse", lse)))
     for name, array, expected in (("dout", dout_, plan.out), ("out", out_, plan.out), ("lse", lse_, plan.lse)):

@@ -1,6 +1,12 @@
-"""Settings of every test run: which tests need a GPU, and how hypothesis draws its examples."""
+"""Settings of every test run: threads, which tests need a GPU, and how hypothesis draws its examples."""
 
 from __future__ import annotations
+
+import os
+
+# The suite multiplies many small matrices. On a busy machine BLAS threads that wait for each other made it three times
+# slower; this must be said before NumPy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings

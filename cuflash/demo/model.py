@@ -161,27 +161,3 @@ class Model:
         dnormed -= normed * (dnormed * normed).mean(axis=-1, keepdims=True)
         dnormed *= inverse
         return dnormed
-
-
-class Adam:
-    """Adam (Kingma & Ba 2015) with bias correction, after the gradients are clipped to a global norm of one."""
-
-    def __init__(self, model: Model, *, beta1: float = 0.9, beta2: float = 0.95, epsilon: float = 1e-8) -> None:
-        self.model, self.beta1, self.beta2, self.epsilon, self.steps = model, beta1, beta2, epsilon, 0
-        self.mean = {name: model.xp.zeros_like(value) for name, value in model.parameters.items()}
-        self.square = {name: model.xp.zeros_like(value) for name, value in model.parameters.items()}
-
-    def step(self, gradients: dict[str, Any], rate: float) -> None:
-        """One update of the model's parameters in place."""
-        xp = self.model.xp
-        self.steps += 1
-        norm = math.sqrt(sum(float((gradient * gradient).sum()) for gradient in gradients.values()))
-        shrink = min(1.0, 1.0 / max(norm, self.epsilon))
-        first = 1 - self.beta1**self.steps
-        second = 1 - self.beta2**self.steps
-        for name, gradient in gradients.items():
-            gradient = gradient * shrink
-            mean, square = self.mean[name], self.square[name]
-            mean += (1 - self.beta1) * (gradient - mean)
-            square += (1 - self.beta2) * (gradient * gradient - square)
-            self.model.parameters[name] -= rate / first * mean / (xp.sqrt(square / second) + self.epsilon)

@@ -50,9 +50,9 @@ def attention_backward(
     return _head_major(dq), _head_major(dk), _head_major(dv)
 
 
-def matrix_bytes(batch: int, heads: int, length: int, itemsize: int) -> int:
-    """Bytes of the two [batch, heads, length, length] matrices, P and dP, that forward and backward hold at once."""
-    return 2 * batch * heads * length * length * itemsize
+def peak_bytes(batch: int, heads: int, length: int, head_dim: int, itemsize: int) -> int:
+    """Bytes that forward and backward hold at once beyond q, k, v and dout: P and dP, and out, dv, dq, dk besides."""
+    return batch * heads * length * (2 * length + 4 * head_dim) * itemsize
 
 
 def _head_major(x: Any) -> Any:

@@ -26,7 +26,7 @@ def probabilities(q_len: int, kv_len: int, **options: object) -> np.ndarray:
     return out[0, :, 0]
 
 
-# ---- hand-computed ------------------------------------------------------------------------------------------------
+# ---- hand-computed -----------------------------------------------------------------------------------------------
 
 
 def test_two_keys():
@@ -118,7 +118,7 @@ def test_dropout_speaks_of_batch_and_head():
             np.testing.assert_array_equal(out[batch, :, head] != 0, keep)
 
 
-# ---- the mask's alignment, written out ------------------------------------------------------------------------------
+# ---- the mask's alignment, written out ---------------------------------------------------------------------------
 
 ALIGNMENT = {
     "causal, square": ({"causal": True}, ["X..", "XX.", "XXX"]),
@@ -182,7 +182,7 @@ def test_empty_lengths(q_len: int, kv_len: int):
         np.testing.assert_array_equal(gradient, np.zeros_like(x))
 
 
-# ---- NaN and Inf ----------------------------------------------------------------------------------------------------
+# ---- NaN and Inf -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("poison", [math.nan, INF])
@@ -213,7 +213,7 @@ def test_nan_in_one_query_row_stays_in_its_row_and_the_keys_it_sees():
         np.testing.assert_array_equal(np.isnan(x), np.arange(6) <= 2)
 
 
-# ---- packed sequences and layouts -----------------------------------------------------------------------------------
+# ---- packed sequences and layouts --------------------------------------------------------------------------------
 
 
 def test_packed_is_each_sequence_alone():
@@ -265,7 +265,7 @@ def test_layout_moves_axes_and_nothing_else(packed: bool):
         np.testing.assert_array_equal(np.swapaxes(transposed, -3, -2), plain)
 
 
-# ---- gradients against finite differences ---------------------------------------------------------------------------
+# ---- gradients against finite differences ------------------------------------------------------------------------
 
 GRADIENTS = {
     "plain": {},
@@ -337,7 +337,7 @@ def test_gradients_against_central_differences(name: str):
         np.testing.assert_allclose(gradient, central_differences(loss, x), atol=2e-9, rtol=1e-7)
 
 
-# ---- the naive computation in a smaller dtype -----------------------------------------------------------------------
+# ---- the naive computation in a smaller dtype --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
