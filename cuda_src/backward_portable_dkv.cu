@@ -1,6 +1,7 @@
 // Backward attention with mma.sync, dK and dV: one thread block a tile of keys of one kv head, looping over the query
-// heads of its group and their tiles of queries. Everything is computed transposed, [keys, queries], so that P^T and dS^T
-// are accumulators and become the left operands of dV and dK without leaving registers. No atomics: bitwise reproducible.
+// heads of its group and their tiles of queries. Everything is computed transposed, [keys, queries], so that P^T and
+// dS^T are accumulators and become the left operands of dV and dK without leaving registers. No atomics: bitwise
+// reproducible.
 //
 // TILE.split warps share rows of keys: each computes the same P^T and dS^T and keeps its slice of dK and dV.
 #include "backward_stage.cuh"
@@ -16,7 +17,7 @@ constexpr int Q_BYTES = TILE.rows * row_pitch(D), DO_BYTES = TILE.rows * row_pit
 constexpr int STATISTIC_BYTES = TILE.rows * 4;
 constexpr int STAGE_BYTES = Q_BYTES + DO_BYTES + 2 * STATISTIC_BYTES;
 
-extern "C" __global__ void __launch_bounds__(THREADS) backward_portable_dkv(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_portable_dkv(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) unsigned char smem[];
     const unsigned int K_smem = shared_address(smem);
     const unsigned int V_smem = K_smem + K_BYTES;
@@ -42,8 +43,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_portable_dkv(cons
             load_tile<TILE.rows, DV>(Q_smem + Q_BYTES, head_rows(p.dout, sequence.batch, row, head), p.dout.row_stride,
                                      rows);
             load_statistic<TILE.rows>(lse_smem, statistic_rows(p.lse, sequence.batch, row, head), rows);
-            load_statistic<TILE.rows>(lse_smem + STATISTIC_BYTES,
-                                      statistic_rows(p.delta, sequence.batch, row, head), rows);
+            load_statistic<TILE.rows>(lse_smem + STATISTIC_BYTES, statistic_rows(p.delta, sequence.batch, row, head),
+                                      rows);
         }
         copy_async_commit();
     };
@@ -118,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_portable_dkv(cons
         const long long kv_row = sequence.kv_start + kv_first + row;
         store_gradient<D>(p.dk, p.dk_float32, sequence.batch, kv_row, work.head, kv_rows - row, slice * SLICE_D, dK[i],
                           p.scale, p.accumulate);
-        store_gradient<DV>(p.dv, p.dv_float32, sequence.batch, kv_row, work.head, kv_rows - row, slice * SLICE_DV, dV[i],
-                           1.0f, p.accumulate);
+        store_gradient<DV>(p.dv, p.dv_float32, sequence.batch, kv_row, work.head, kv_rows - row, slice * SLICE_DV,
+                           dV[i], 1.0f, p.accumulate);
     }
 }

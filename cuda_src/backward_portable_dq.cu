@@ -1,7 +1,7 @@
 // Backward attention with mma.sync, dQ: one thread block a tile of queries of one head, looping over tiles of keys.
-// S and dP are computed again rather than passed on by the dK/dV kernel: two products more, but no workspace, no atomics,
-// and dS is an accumulator that becomes the left operand of dQ without leaving registers. TILE.split warps share rows: each
-// computes the same dS and keeps its slice of dQ.
+// S and dP are computed again rather than passed on by the dK/dV kernel: two products more, but no workspace, no
+// atomics, and dS is an accumulator that becomes the left operand of dQ without leaving registers. TILE.split warps
+// share rows: each computes the same dS and keeps its slice of dQ.
 #include "backward_stage.cuh"
 #include "copy.cuh"
 
@@ -13,7 +13,7 @@ constexpr int SLICE = padded_dim(D) / TILE.split;
 constexpr int Q_BYTES = TILE.rows * row_pitch(D), DO_BYTES = TILE.rows * row_pitch(DV);
 constexpr int K_BYTES = TILE.cols * row_pitch(D), V_BYTES = TILE.cols * row_pitch(DV);
 
-extern "C" __global__ void __launch_bounds__(THREADS) backward_portable_dq(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_portable_dq(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) unsigned char smem[];
     const unsigned int Q_smem = shared_address(smem);
     const unsigned int dO_smem = Q_smem + Q_BYTES;
@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_portable_dq(const
 #pragma unroll
     for (int i = 0; i < M; ++i) {
         const int row = warp_row + 16 * i;
-        store_gradient<D>(p.dq, p.dq_float32, sequence.batch, q_row + row, head, q_rows - row, first_col, dQ[i], p.scale,
-                          p.accumulate);
+        store_gradient<D>(p.dq, p.dq_float32, sequence.batch, q_row + row, head, q_rows - row, first_col, dQ[i],
+                          p.scale, p.accumulate);
     }
 }

@@ -136,8 +136,8 @@ __device__ __forceinline__ void store_accumulators(Out* Y_gmem, long long row_st
 
 // A gradient's tile, in the dtype of q or in float32.
 template <int DIM, int N>
-__device__ __forceinline__ void store_gradient(const Tensor& tensor, bool is_float32, int batch, long long row, int head,
-                                               int rows, int first_col, const float (&acc)[N][4], float scale,
+__device__ __forceinline__ void store_gradient(const Tensor& tensor, bool is_float32, int batch, long long row,
+                                               int head, int rows, int first_col, const float (&acc)[N][4], float scale,
                                                bool accumulate) {
     const long long offset = batch * tensor.batch_stride + row * tensor.row_stride + head * tensor.head_stride;
     const float factors[2] = {scale, scale};

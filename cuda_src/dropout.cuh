@@ -1,5 +1,5 @@
-// Dropout of P by Philox4x32-10 (Salmon et al., 2011): the mask of cuflash/dropout.py, which says which counter and which
-// 16 bits belong to an element.
+// Dropout of P by Philox4x32-10 (Salmon et al., 2011): the mask of cuflash/dropout.py, which says which counter and
+// which 16 bits belong to an element.
 #pragma once
 #include "params.cuh"
 
@@ -9,13 +9,17 @@ struct Dropout {
     float scale;  // of kept elements
 
     __device__ __forceinline__ Dropout(const Params& p, int sequence, int head_index)
-        : key0(static_cast<unsigned int>(p.seed)), key1(static_cast<unsigned int>(p.seed >> 32)), head(head_index),
-          batch(sequence), threshold(p.dropout_threshold), scale(p.dropout_scale) {}
+        : key0(static_cast<unsigned int>(p.seed)),
+          key1(static_cast<unsigned int>(p.seed >> 32)),
+          head(head_index),
+          batch(sequence),
+          threshold(p.dropout_threshold),
+          scale(p.dropout_scale) {}
 
     // The four words of a counter.
     __device__ __forceinline__ uint4 philox(unsigned int x0, unsigned int x1) const {
         unsigned int x2 = head, x3 = batch, k0 = key0, k1 = key1;
-#pragma unroll
+#pragma unroll 2
         for (int round = 0; round < 10; ++round) {
             const unsigned long long product0 = 0xD2511F53ull * x0, product1 = 0xCD9E8D57ull * x2;
             x0 = static_cast<unsigned int>(product1 >> 32) ^ x1 ^ k0;
@@ -28,11 +32,10 @@ struct Dropout {
         return make_uint4(x0, x1, x2, x3);
     }
 
-    __device__ __forceinline__ float factor_of(unsigned int number) const {
-        return number >= threshold ? scale : 0.0f;
-    }
+    __device__ __forceinline__ float factor_of(unsigned int number) const { return number >= threshold ? scale : 0.0f; }
 
-    // Factors (0 or 1 / (1 - p)) of a [16, 16] block of accumulators, rows queries, columns keys: f[t] as accumulator t.
+    // Factors (0 or 1 / (1 - p)) of a [16, 16] block of accumulators, rows queries, columns keys: f[t] as accumulator
+    // t.
     __device__ __forceinline__ void factors(float (&f)[2][4], int q_first, int kv_first) const {
         const int lane = threadIdx.x % 32;
         const uint4 words = philox(q_first / 2 + lane / 4, kv_first / 4 + lane % 4);

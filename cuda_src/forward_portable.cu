@@ -1,7 +1,7 @@
 // Forward attention with mma.sync: O = softmax(S) V, S = scale Q K^T, and LSE, by online softmax over tiles of keys.
 // One thread block a tile of queries of one head; each warp owns TILE.rows / TILE.warps rows and keeps its part of
-// S, P and O in registers. K and V tiles stream through a ring of TILE.stages buffers. TILE.split warps share rows: each
-// computes the same P and keeps its slice of O.
+// S, P and O in registers. K and V tiles stream through a ring of TILE.stages buffers. TILE.split warps share rows:
+// each computes the same P and keeps its slice of O.
 #include "copy.cuh"
 #include "dropout.cuh"
 #include "mask.cuh"
@@ -9,15 +9,15 @@
 
 constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
 constexpr int WARP_ROWS = TILE.rows / (TILE.warps / TILE.split);
-constexpr int M = WARP_ROWS / 16;           // accumulator tiles down
-constexpr int N = TILE.cols / 8;            // and across S
+constexpr int M = WARP_ROWS / 16;  // accumulator tiles down
+constexpr int N = TILE.cols / 8;   // and across S
 constexpr int SLICE = padded_dim(DV) / TILE.split;
-constexpr int N_OUT = SLICE / 8;            // and across a slice of O
+constexpr int N_OUT = SLICE / 8;  // and across a slice of O
 constexpr int Q_BYTES = TILE.rows * row_pitch(D);
 constexpr int K_BYTES = TILE.cols * row_pitch(D);
 constexpr int V_BYTES = TILE.cols * row_pitch(DV);
 
-extern "C" __global__ void __launch_bounds__(THREADS) forward_portable(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_portable(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) unsigned char smem[];
     const unsigned int Q_smem = shared_address(smem);
     const unsigned int KV_smem = Q_smem + Q_BYTES;
@@ -104,7 +104,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_portable(const __g
                 for (int n = 0; n < N; ++n) m_new = fmaxf(m_new, fmaxf(S[i][n][2 * half], S[i][n][2 * half + 1]));
                 m_new = fmaxf(m_new, __shfl_xor_sync(0xFFFFFFFF, m_new, 1));
                 m_new = fmaxf(m_new, __shfl_xor_sync(0xFFFFFFFF, m_new, 2));
-                const float reference = m_new == MINUS_INFINITY ? 0.0f : m_new;  // a row with no keys yet: 2^(-inf - 0) = 0
+                const float reference =
+                    m_new == MINUS_INFINITY ? 0.0f : m_new;  // a row with no keys yet: 2^(-inf - 0) = 0
                 const float rescale = exp2_approximate(m[i][half] - reference);
                 m[i][half] = m_new;
                 l[i][half] *= rescale;
@@ -157,18 +158,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_portable(const __g
             denominator += __shfl_xor_sync(0xFFFFFFFF, denominator, 2);
             float reference = m[i][half] == MINUS_INFINITY ? 0.0f : m[i][half];
             float rescale = 1.0f;
-            if constexpr (SPEC.sinks) {
+            if (SPEC.sinks && !is_outside(p, sequence)) {
                 const float sink = LOG2_E * load_scalar(p.sinks, head * p.sinks_stride, p.sinks_float32);
-                const float m_new = fmaxf(m[i][half], sink);
-                rescale = exp2_approximate(reference - m_new);
-                denominator = denominator * rescale + exp2_approximate(sink - m_new);
-                reference = m_new;
+                const float with_sink = fmaxf(m[i][half], sink) == MINUS_INFINITY ? 0.0f : fmaxf(m[i][half], sink);
+                rescale = exp2_approximate(reference - with_sink);
+                denominator = denominator * rescale + exp2_approximate(sink - with_sink);
+                reference = with_sink;
             }
             const bool empty = denominator == 0.0f;  // a row that may attend to nothing
             scale[half] = empty ? 0.0f : rescale / denominator;
             const int row = warp_row + 16 * i + lane / 4 + 8 * half;
             if (lane % 4 == 0 && first_col == 0 && row < q_rows) {
-                lse_gmem[row] = empty ? MINUS_INFINITY : (reference + log2f(denominator)) * LN_2;
+                lse_gmem[row] = empty ? MINUS_INFINITY : fmaf(reference, LN_2, logf(denominator));
             }
         }
         const int row = warp_row + 16 * i;

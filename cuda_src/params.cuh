@@ -17,35 +17,35 @@ struct RowStatistic {
 };
 
 struct Params {
-    Tensor q, k, v, out;           // the forward's arrays
-    Tensor dout, dq, dk, dv;       // the backward's, null in the forward
-    RowStatistic lse;              // natural log of the softmax's denominator
-    RowStatistic dlse;             // gradient of the LSE; may be null
-    RowStatistic delta;            // D = rowsum(dO * O) - dLSE
-    const void* alibi_slopes;      // [heads] (batch stride 0) or [batch, heads]
+    Tensor q, k, v, out;       // the forward's arrays
+    Tensor dout, dq, dk, dv;   // the backward's, null in the forward
+    RowStatistic lse;          // natural log of the softmax's denominator
+    RowStatistic dlse;         // gradient of the LSE; may be null
+    RowStatistic delta;        // D = rowsum(dO * O) - dLSE
+    const void* alibi_slopes;  // [heads] (batch stride 0) or [batch, heads]
     long long alibi_batch_stride;
     long long alibi_head_stride;
-    const void* sinks;             // [heads]
+    const void* sinks;  // [heads]
     long long sinks_stride;
-    void* dsinks;                  // [heads], sinks' dtype
-    const void* cu_seqlens_q;      // [batch + 1] int32 or int64
+    void* dsinks;              // [heads], sinks' dtype
+    const void* cu_seqlens_q;  // [batch + 1] int32 or int64
     const void* cu_seqlens_k;
-    unsigned long long seed;       // Philox key
-    int batch;                     // sequences
+    unsigned long long seed;  // Philox key
+    int batch;                // sequences
     int heads;
-    int group;                     // heads / kv_heads
-    int q_len;                     // packed: the total of all rows
+    int group;  // heads / kv_heads
+    int q_len;  // packed: the total of all rows
     int kv_len;
-    int q_tiles;                   // tiles of a head's queries (packed: an upper bound for all sequences)
-    int kv_tiles;                  // tiles of a head's keys
-    int left, right;               // the mask keeps -left <= kv_pos - q_pos <= right
+    int q_tiles;                     // tiles of a head's queries (packed: an upper bound for all sequences)
+    int kv_tiles;                    // tiles of a head's keys
+    int left, right;                 // the mask keeps -left <= kv_pos - q_pos <= right
     unsigned int dropout_threshold;  // an element of P is dropped when its 16-bit number is below
-    float dropout_scale;           // 1 / (1 - dropout_p)
-    float scale;                   // of the scores
+    float dropout_scale;             // 1 / (1 - dropout_p)
+    float scale;                     // of the scores
     float softcap;
-    int cu_seqlens_int64;          // flags: cu_seqlens are int64,
-    int alibi_float32;             // alibi_slopes are float32 (else the dtype of q),
-    int sinks_float32;             // sinks are float32 (else the dtype of q),
+    int cu_seqlens_int64;                    // flags: cu_seqlens are int64,
+    int alibi_float32;                       // alibi_slopes are float32 (else the dtype of q),
+    int sinks_float32;                       // sinks are float32 (else the dtype of q),
     int dq_float32, dk_float32, dv_float32;  // the gradient is float32 (else the dtype of q),
-    int accumulate;                // the gradients are added to what is there
+    int accumulate;                          // the gradients are added to what is there
 };

@@ -1,8 +1,8 @@
 // The two tile products of attention, for one warp. All five products of forward and backward are one of them:
 //   multiply_nt: acc += A B^T, A and B rows in shared memory     S = Q K^T, dP = dO V^T and their transposes
 //   multiply_nn: acc += P B, P the accumulators of the former    O = P V, dV = P^T dO, dK = dS^T Q, dQ = dS K
-// P never leaves registers: an accumulator already has the layout of a left operand, but for an order of the contraction
-// index that the right operand follows.
+// P never leaves registers: an accumulator already has the layout of a left operand, but for an order of the
+// contraction index that the right operand follows.
 #pragma once
 #include "element.cuh"
 #include "mma.cuh"
@@ -12,8 +12,8 @@ constexpr bool THREE_TERMS = IS_FLOAT32 && !SPEC.allow_tf32;
 constexpr int STEPS_UNROLLED = IS_FLOAT32 ? 1 : 4;  // more only makes the code longer and takes registers
 
 // A row in shared memory is padded with zeros to whole steps of every warp that shares it, and then to an odd number of
-// 16-byte chunks, so that eight rows of one column of chunks lie in eight different groups of banks: no conflicts in any
-// of the loads below.
+// 16-byte chunks, so that eight rows of one column of chunks lie in eight different groups of banks: no conflicts in
+// any of the loads below.
 __device__ constexpr int padded_dim(int dim) { return round_up(dim, 16 * TILE.split); }
 __device__ constexpr int row_pitch(int dim) { return padded_dim(dim) * ELEMENT_BYTES + 16; }
 

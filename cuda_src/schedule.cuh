@@ -15,7 +15,7 @@ struct Sequence {
 struct Work {
     Sequence sequence;
     int head;
-    int tile;    // of the sequence's own rows
+    int tile;  // of the sequence's own rows
     bool exists;
 };
 
@@ -23,11 +23,17 @@ __device__ __forceinline__ long long boundary(const Params& p, const void* cu_se
     return p.cu_seqlens_int64 ? static_cast<const long long*>(cu_seqlens)[i] : static_cast<const int*>(cu_seqlens)[i];
 }
 
+// Whether these are the rows after the last boundary of packed tensors, which belong to no sequence.
+__device__ __forceinline__ bool is_outside(const Params& p, const Sequence& sequence) {
+    return SPEC.packed && sequence.index == p.batch;
+}
+
 // Block `block` of the grid, tiles of TILE_ROWS rows (of queries, or of keys if BY_KEYS), the tile index fastest.
 //
 // Packed: nobody on the host knows the lengths, so sequence i is given the tiles from boundary[i] / TILE_ROWS + i on.
-// That start never decreases and leaves room for ceil(len / TILE_ROWS) tiles; what is left over does not exist. The rows
-// after the last boundary are one more sequence, with nothing on the other side, so that their results become zero.
+// That start never decreases and leaves room for ceil(len / TILE_ROWS) tiles; what is left over does not exist. The
+// rows after the last boundary are one more sequence, with nothing on the other side, so that their results become
+// zero.
 template <int TILE_ROWS, bool BY_KEYS>
 __device__ __forceinline__ Work find_work(const Params& p, int tiles, int heads) {
     Work work;

@@ -23,13 +23,15 @@ __device__ __forceinline__ float tanh_of(float x) {
 }
 
 struct Scores {
-    float factor;      // log2(e) scale, or with softcap: scale / softcap
-    float cap;         // log2(e) softcap
-    float slope;       // log2(e) ALiBi slope of the head
-    int offset;        // q_pos - q_index
+    float factor;  // log2(e) scale, or with softcap: scale / softcap
+    float cap;     // log2(e) softcap
+    float slope;   // log2(e) ALiBi slope of the head
+    int offset;    // q_pos - q_index
 
     __device__ __forceinline__ Scores(const Params& p, int sequence, int head, int position_offset)
-        : factor(SPEC.softcap ? p.scale / p.softcap : p.scale * LOG2_E), cap(p.softcap * LOG2_E), slope(0.0f),
+        : factor(SPEC.softcap ? p.scale / p.softcap : p.scale * LOG2_E),
+          cap(p.softcap * LOG2_E),
+          slope(0.0f),
           offset(position_offset) {
         if constexpr (SPEC.alibi) {
             const long long index = sequence * p.alibi_batch_stride + head * p.alibi_head_stride;

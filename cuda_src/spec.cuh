@@ -13,10 +13,10 @@ struct Spec {
     bool softcap;
     bool alibi;
     bool sinks;
-    bool packed;         // sequences are delimited by cu_seqlens
+    bool packed;  // sequences are delimited by cu_seqlens
     bool dropout;
     bool deterministic;
-    bool allow_tf32;     // float32 products with one TF32 term instead of three
+    bool allow_tf32;  // float32 products with one TF32 term instead of three
 };
 
 struct Tile {

@@ -194,6 +194,7 @@ def flash_attention_backward(
         if array is not None:
             targets[name] = _operand(name, array)
             _check_output(name, targets[name], expected, inputs)
+            inputs[name] = targets[name]  # the next output may not overlap it either
         elif accumulate:
             _bad(name, "None with accumulate=True", "dq, dk and dv, all three given")
     results = dict(given)
@@ -423,6 +424,8 @@ def _operand(name: str, array: Any) -> Any:
         _bad(name, f"{array!r:.60} ({type(array).__name__})", "a NumPy or CuPy array or one with __dlpack__", TypeError)
     try:
         return arrays.from_dlpack(array)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{name}: {error}") from error
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(
             f"{name}: got a {type(array).__name__} that cannot be exported through DLPack ({error}); "
@@ -523,15 +526,26 @@ def _check_like(name: str, array: Signature, expected: Signature, dtypes: tuple[
     _check_strides(name, array)
 
 
-def _check_output(name: str, array: Any, expected: Signature, inputs: dict[str, Any]) -> None:
+def _check_output(name: str, array: Any, expected: Signature, others: dict[str, Any]) -> None:
     signature = arrays.signature(array)
     wider = "float64" if expected.dtype == "float64" else "float32"
     _check_like(name, signature, expected, (expected.dtype, wider))
     if not signature.writable:
         _bad(name, "a read-only array", "a writable array")
-    if any(stride == 0 and length > 1 for stride, length in zip(signature.strides, signature.shape, strict=True)):
-        _bad(name, f"strides {signature.strides} (in elements)", "an array whose elements do not overlap")
-    if isinstance(array, np.ndarray):
-        for other_name, other in inputs.items():
-            if np.may_share_memory(array, other):
-                _bad(name, f"an array that overlaps {other_name}", "memory that no input uses")
+    if 0 not in signature.shape:
+        overlapping = (stride == 0 and n > 1 for stride, n in zip(signature.strides, signature.shape, strict=True))
+        if any(overlapping):
+            _bad(name, f"strides {signature.strides} (in elements)", "an array whose elements do not overlap")
+    for other_name, other in others.items():
+        if _share_memory(array, other):
+            _bad(name, f"an array that shares memory with {other_name}", "memory of its own")
+
+
+def _share_memory(a: Any, b: Any) -> bool:
+    """Whether two NumPy arrays have an element in common; interleaved views of one buffer have none."""
+    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=10_000)
+    except np.exceptions.TooHardError:
+        return False

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from cuflash.errors import UnsupportedError
+
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -88,6 +90,7 @@ class _DLManagedTensorVersioned(ctypes.Structure):
 
 
 _CPU = 1  # kDLCPU
+_GPU = (2, 13)  # kDLCUDA, kDLCUDAManaged
 _READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
 _CODE_BFLOAT = 4  # kDLBfloat
 _TYPESTR = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}  # DLDataTypeCode -> array-interface letter
@@ -119,12 +122,18 @@ class _Borrowed:
 def from_dlpack(array: Any) -> Any:
     """A view of an array that has `__dlpack__`: NumPy's on the CPU (bfloat16 included), CuPy's on a GPU; no copy.
 
-    Raises BufferError (or what the other library raises) when the array cannot be exported.
+    Raises UnsupportedError for other devices or without CuPy, and BufferError (or what the other library raises) when
+    the array cannot be exported.
     """
-    if int(array.__dlpack_device__()[0]) != _CPU:
-        import cupy
+    device = int(array.__dlpack_device__()[0])
+    if device in _GPU:
+        from cuflash.cuda.toolchain import import_cupy
 
-        return cupy.from_dlpack(array)
+        return import_cupy().from_dlpack(array)
+    if device != _CPU:
+        raise UnsupportedError(
+            f"got a {type(array).__name__} on DLPack device type {device}; the CPU and CUDA GPUs are supported"
+        )
     try:
         capsule = array.__dlpack__(max_version=(1, 0))
     except TypeError:  # a library from before DLPack 1.0

@@ -82,6 +82,7 @@ def backward(
                     )
                     _store(dq[sequence.q_index][:, head], dq_head, accumulate)
                     dsinks_sum[head] += dsink
+                dk_head *= dk_head.dtype.type(problem.scale)
                 _store(dk[sequence.kv_index][:, kv_head], dk_head, accumulate)
                 _store(dv[sequence.kv_index][:, kv_head], dv_head, accumulate)
         if dsinks is not None:
@@ -108,7 +109,7 @@ def _forward_head(
         _rows(lse, sequence, head),
     )
     for rows in _steps(0, sequence.q_len, tile.rows):
-        q_tile = scores.scaled(q_head[rows])  # [rows, head_dim]
+        q_tile = _accumulable(q_head[rows])  # [rows, head_dim]
         m = np.full(q_tile.shape[0], -np.inf, dtype=q_tile.dtype)  # running row maximum of S
         denominator = np.zeros_like(m)  # running row sum of exp(S - m)
         o = np.zeros((q_tile.shape[0], problem.spec.head_dim_v), dtype=q_tile.dtype)
@@ -128,11 +129,11 @@ def _forward_head(
         reference = _finite_reference(m)
         if extras.sinks is not None:  # exp(sink) joins the denominator
             sink = q_tile.dtype.type(extras.sinks[head])
-            m_new = np.maximum(m, sink)
-            rescale = np.exp(reference - m_new)
-            denominator = denominator * rescale + np.exp(sink - m_new)
+            with_sink = _finite_reference(np.maximum(m, sink))
+            rescale = np.exp(reference - with_sink)
+            denominator = denominator * rescale + np.exp(sink - with_sink)
             o *= rescale[:, None]
-            reference = m_new
+            reference = with_sink
         empty = denominator == 0  # rows that may attend to nothing
         o /= np.where(empty, 1, denominator)[:, None]
         out_head[rows] = o
@@ -162,7 +163,7 @@ def _backward_head(
     dq_head = np.zeros((sequence.q_len, problem.spec.head_dim), dtype=k_head.dtype)
     dsink = 0.0
     for rows in _steps(0, sequence.q_len, tile.rows):
-        q_tile = scores.scaled(q_head[rows])  # [rows, head_dim]
+        q_tile = _accumulable(q_head[rows])  # [rows, head_dim]
         dout_tile = _accumulable(dout_head[rows])  # [rows, head_dim_v]
         lse_tile = _accumulable(lse_head[rows])
         delta = np.einsum("ij,ij->i", dout_tile, _accumulable(out_head[rows]))  # D = rowsum(dO * O)
@@ -188,8 +189,8 @@ def _backward_head(
             if softcap_slope is not None:
                 dp *= softcap_slope
             dq_tile += dp @ k_head[cols]  # dQ += dS K  [rows, head_dim]
-            dk_head[cols] += dp.T @ q_tile  # dK += dS^T (scale Q)  [cols, head_dim]
-        dq_tile *= problem.scale
+            dk_head[cols] += dp.T @ q_tile  # dK += dS^T Q  [cols, head_dim]
+        dq_tile *= dq_tile.dtype.type(problem.scale)
     return dq_head, dsink
 
 
@@ -206,16 +207,13 @@ class _Scores:
             slopes = alibi_slopes if alibi_slopes.ndim == 1 else alibi_slopes[sequence.batch]
             self.slope = dtype.type(slopes[head])
 
-    def scaled(self, q_rows: np.ndarray) -> np.ndarray:
-        """scale * Q in the accumulation dtype, so that the scale costs nothing a tile."""
-        return _accumulable(q_rows) * self.dtype.type(self.problem.scale)
-
     def tile(
         self, q_tile: np.ndarray, k_tile: np.ndarray, rows: slice, cols: slice
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """S [rows, cols] with softcap, ALiBi and mask, and d softcap / d score where there is a softcap."""
         problem, mask = self.problem, self.problem.mask
         s = q_tile @ k_tile.T
+        s *= self.dtype.type(problem.scale)
         slope = None
         if problem.softcap is not None:  # c tanh(s / c), whose derivative is 1 - tanh^2
             s /= self.dtype.type(problem.softcap)

@@ -51,7 +51,9 @@ class Options:
         return mask if self.window_size is None else mask & masking.window(*self.window_size)
 
 
-def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, dtype: Any = np.float64, **options: Any):
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, *, dtype: Any = np.float64, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
     """Naive attention with the keyword options of `Options`: (out, lse).
 
     q [batch, q_len, heads, head_dim], k [batch, kv_len, kv_heads, head_dim], v [batch, kv_len, kv_heads, head_dim_v];
@@ -183,7 +185,9 @@ class _Head:
             d_scores = self._keep(np.where(self.allowed, d_scores * (1 - stages.tanh**2), 0))
         dq = self.scale * _sum_allowed(self.allowed, d_scores, self.k)
         dk = self.scale * _sum_allowed(self.allowed.T, d_scores.T, self.q)
-        dsink = 0.0 if self.sink is None else (np.exp(self.sink - stages.lse) * (dlse - delta)).sum()
+        dsink = 0.0
+        if self.sink is not None and self.sink > -np.inf:  # exp(-inf) is no sink, also where LSE is -inf
+            dsink = (np.exp(self.sink - stages.lse) * (dlse - delta)).sum()
         return self._keep(dq), self._keep(dk), self._keep(dv), dsink
 
     def _drop(self, matrix: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cuflash.errors import UnsupportedError
 from cuflash.spec import Spec, Tile
 
 # Bytes of shared memory a thread block may use, by code path (100 * major + 10 * minor); CUDA C++ Programming Guide,
@@ -45,7 +46,7 @@ _PORTABLE = {
     },
     ("backward_portable_dkv", 2): {
         64: ((64, 128, 2, 8, 1), (64, 64, 1, 4, 1)),
-        128: ((32, 128, 2, 8, 1), (32, 64, 2, 4, 1), (32, 64, 1, 4, 1)),
+        128: ((32, 128, 2, 8, 1), (32, 64, 2, 4, 1), (16, 64, 1, 4, 1)),
         192: ((32, 64, 1, 8, 2), (16, 32, 1, 4, 2)),
         256: ((32, 64, 1, 8, 2), (16, 64, 1, 8, 2), (16, 32, 1, 4, 2)),
     },
@@ -84,6 +85,25 @@ def kernel_spec(kernel: str, spec: Spec) -> Spec:
     return Spec(dtype=spec.dtype, head_dim=spec.head_dim, head_dim_v=spec.head_dim_v, packed=spec.packed, **relevant)
 
 
+def check_supported(spec: Spec, path: int) -> None:
+    """Raise UnsupportedError for what the portable kernels cannot do on a code path."""
+    if spec.dtype == "float64":
+        raise UnsupportedError("q: got dtype float64 on a GPU; cast to float32, or pass NumPy arrays")
+    if path < 800 and spec.dtype != "float16":
+        raise UnsupportedError(f"q: got dtype {spec.dtype} on sm_75, whose tensor cores know float16; cast to float16")
+    for name, dim in (("q", spec.head_dim), ("v", spec.head_dim_v)):
+        if dim > MAX_HEAD_DIM:
+            raise UnsupportedError(f"{name}: got head_dim {dim}; the kernels go to {MAX_HEAD_DIM}: pass NumPy arrays")
+
+
+def kernels_of(spec: Spec, *, backward: bool) -> tuple[str, ...]:
+    """The portable kernels that one call launches, in order."""
+    if not backward:
+        return ("forward_portable",)
+    sinks = ("backward_sinks",) if spec.sinks else ()
+    return ("backward_prepare", *sinks, "backward_portable_dkv", "backward_portable_dq")
+
+
 def portable_tile(kernel: str, spec: Spec, path: int, vector: int) -> Tile:
     """The tile of one of the portable kernels on a code path; `vector` is the width of its copies in bytes."""
     element_bytes = 4 if spec.dtype == "float32" else 2
@@ -92,7 +112,8 @@ def portable_tile(kernel: str, spec: Spec, path: int, vector: int) -> Tile:
         return replace(_ROWWISE, vector=vector)
     reach = next(dim for dim in table if max(spec.head_dim, spec.head_dim_v) <= dim)
     for rows, cols, stages, warps, split in table[reach]:
-        stages = 1 if path < 800 else stages  # without asynchronous copies there is nothing to keep in flight
+        if stages > 1 and path < 800:
+            continue  # without asynchronous copies there is nothing to keep in flight
         tile = Tile(rows=rows, cols=cols, stages=stages, warps=warps, split=split, vector=vector)
         if shared_bytes(kernel, spec, tile) <= SHARED_MEMORY[path]:
             return tile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 # The suite multiplies many small matrices. On a busy machine BLAS threads that wait for each other made it three times
 # slower; this must be said before NumPy is imported.
@@ -10,6 +11,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
+
+from tests.gpu import record
 
 # The same examples on every run, on slow and on fast machines: a failure is a finding, never a draw of the dice.
 settings.register_profile("cuflash", derandomize=True, deadline=None, database=None)
@@ -24,3 +27,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if gpu:
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if item not in set(gpu)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """After the whole GPU suite, record it; after any other run, say when the record is out of date."""
+    counts = {kind: len(terminalreporter.stats.get(kind, [])) for kind in ("passed", "failed", "error", "skipped")}
+    if config.getoption("-m") == "gpu" and not config.getoption("-k") and config.args == config.getini("testpaths"):
+        if counts["passed"]:
+            seconds = time.time() - terminalreporter._session_start.time
+            record.write(counts["passed"], counts["failed"] + counts["error"], counts["skipped"], seconds)
+            terminalreporter.write_line(f"wrote {record.RECORD}")
+    elif reason := record.staleness():
+        terminalreporter.write_line(f"note: {reason}; run `python -m pytest -m gpu` on a GPU")

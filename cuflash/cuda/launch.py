@@ -48,7 +48,7 @@ def forward(problem: Problem, q: Any, k: Any, v: Any, out: Any, lse: Any, extras
     """Write out and lse; the arrays as for cuflash.numpy_backend.forward, on one GPU."""
     tensors = {"q": q, "k": k, "v": v, "out": out}
     with _on_device(q):
-        (kernel,) = _kernels(("forward_portable",), problem, tensors)
+        (kernel,) = _kernels(tuning.kernels_of(problem.spec, backward=False), problem, tensors)
         params = _params(problem, kernel.tile, tensors, {"lse": lse}, extras)
         _launch(kernel, _q_tiles(problem, kernel.tile) * problem.heads * _grid_batch(problem), params)
 
@@ -78,19 +78,16 @@ def backward(
     statistics = {"lse": lse, "dlse": dlse}
     with _on_device(q):
         statistics["delta"] = empty(lse.shape, lse.dtype)
-        names = ["backward_prepare", "backward_portable_dkv", "backward_portable_dq"]
-        if dsinks is not None:
-            names.append("backward_sinks")
-        prepare, dkv, dq_kernel, *sinks = _kernels(tuple(names), problem, tensors)
-        rest = (tensors, statistics, extras, dsinks, accumulate)
-        rows = problem.q_len * problem.heads * _grid_batch(problem)
-        _launch(prepare, -(-rows // prepare.tile.warps), _params(problem, prepare.tile, *rest))
-        for kernel in sinks:
-            _launch(kernel, problem.heads, _params(problem, kernel.tile, *rest))
-        kv_blocks = _kv_tiles(problem, dkv.tile) * problem.kv_heads * _grid_batch(problem)
-        _launch(dkv, kv_blocks, _params(problem, dkv.tile, *rest))
-        q_blocks = _q_tiles(problem, dq_kernel.tile) * problem.heads * _grid_batch(problem)
-        _launch(dq_kernel, q_blocks, _params(problem, dq_kernel.tile, *rest))
+        blocks = {
+            "backward_prepare": lambda tile: -(-problem.q_len * problem.heads * _grid_batch(problem) // tile.warps),
+            "backward_sinks": lambda tile: problem.heads,
+            "backward_portable_dkv": lambda tile: _kv_tiles(problem, tile) * problem.kv_heads * _grid_batch(problem),
+            "backward_portable_dq": lambda tile: _q_tiles(problem, tile) * problem.heads * _grid_batch(problem),
+        }
+        names = tuning.kernels_of(problem.spec, backward=True)
+        for name, kernel in zip(names, _kernels(names, problem, tensors), strict=True):
+            params = _params(problem, kernel.tile, tensors, statistics, extras, dsinks, accumulate)
+            _launch(kernel, blocks[name](kernel.tile), params)
 
 
 # ---- kernels -----------------------------------------------------------------------------------------------------
@@ -99,42 +96,29 @@ def backward(
 def _kernels(names: tuple[str, ...], problem: Problem, tensors: dict[str, Any]) -> list[_Kernel]:
     """The loaded kernels of a call; those not yet compiled are compiled at the same time."""
     device = next(iter(tensors.values())).device.id
+    target = toolchain.device_target(device)
     vector = _vector(problem.spec, tensors.values())
-    jobs = [(name, tuning.kernel_spec(name, problem.spec), vector, device) for name in names]
+    jobs = [(name, tuning.kernel_spec(name, problem.spec), vector, target, device) for name in names]
     if len(jobs) > 1 and not all(job in _LOADED for job in jobs):
         with ThreadPoolExecutor(len(jobs)) as pool:
             return list(pool.map(lambda job: _kernel(*job), jobs))
     return [_kernel(*job) for job in jobs]
 
 
-_LOADED: set[tuple[str, Spec, int, int]] = set()
+_LOADED: set[tuple[str, Spec, int, toolchain.Target, int]] = set()
 
 
 @lru_cache(maxsize=4096)
-def _kernel(name: str, spec: Spec, vector: int, device: int) -> _Kernel:
-    target = toolchain.device_target(device)
-    check_supported(spec, target.path)
+def _kernel(name: str, spec: Spec, vector: int, target: toolchain.Target, device: int) -> _Kernel:
+    tuning.check_supported(spec, target.path)
     tile = tuning.portable_tile(name, spec, target.path, vector)
     shared_bytes = tuning.shared_bytes(name, spec, tile)
     cupy = toolchain.import_cupy()
     with cupy.cuda.Device(device):  # this may be a thread of its own
         function = jit.kernel(name, spec, tile, target)
         cupy.cuda.driver.funcSetAttribute(function.ptr, _SHARED_SIZE_ATTRIBUTE, shared_bytes)
-    _LOADED.add((name, spec, vector, device))
+    _LOADED.add((name, spec, vector, target, device))
     return _Kernel(function, tile, shared_bytes)
-
-
-def check_supported(spec: Spec, path: int) -> None:
-    """Raise UnsupportedError for what the portable kernels cannot do on a code path."""
-    if spec.dtype == "float64":
-        raise UnsupportedError("q: got dtype float64 on a GPU; cast to float32, or pass NumPy arrays")
-    if path < 800 and spec.dtype != "float16":
-        raise UnsupportedError(f"q: got dtype {spec.dtype} on sm_75, whose tensor cores know float16; cast to float16")
-    for name, dim in (("q", spec.head_dim), ("v", spec.head_dim_v)):
-        if dim > tuning.MAX_HEAD_DIM:
-            raise UnsupportedError(
-                f"{name}: got head_dim {dim}; the kernels go to {tuning.MAX_HEAD_DIM}: pass NumPy arrays"
-            )
 
 
 def _vector(spec: Spec, tensors: Any) -> int:

@@ -15,11 +15,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from cuflash import tuning
 from cuflash.cuda import cache, jit
 from cuflash.cuda.toolchain import Target, options, toolchain
 from cuflash.spec import Spec, Tile
 
 Job: TypeAlias = tuple[str, Spec, Tile, Target]  # the kernel's name and what its variant depends on
+
+
+def portable_jobs(spec: Spec, target: Target, vector: int = 16) -> list[Job]:
+    """The jobs of one Spec, forward and backward, for rows aligned to `vector` bytes.
+
+    Raises UnsupportedError where the target's kernels cannot do it.
+    """
+    tuning.check_supported(spec, target.path)
+    jobs = []
+    for backward in (False, True):
+        for name in tuning.kernels_of(spec, backward=backward):
+            known = tuning.kernel_spec(name, spec)
+            jobs.append((name, known, tuning.portable_tile(name, known, target.path, vector), target))
+    return jobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

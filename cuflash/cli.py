@@ -1,0 +1,140 @@
+"""The command line. A subcommand is a function that adds its parser and one that runs it; COMMANDS lists the first.
+
+What a subcommand needs is imported when it runs: `cuflash --help` loads neither rich nor matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import cuflash
+from cuflash.errors import UnsupportedError
+
+_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit code: 0, 1 (a check failed), 2 (it could not be run), 130 (Ctrl-C).
+
+    `argv` without the program's name; None is the command line. Errors are one line on stderr.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("cuflash: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except (UnsupportedError, ValueError, OSError, MemoryError) as error:
+        print(f"cuflash: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad arguments become an exception, so that every error is reported alike."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="cuflash", description="Exact attention, forward and backward, in linear memory.")
+    parser.add_argument("--version", action="version", version=f"cuflash {cuflash.__version__}")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    for add in COMMANDS:
+        add(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="train a small language model on real text, check exactness, measure memory",
+        description="Checks exactness, measures memory against standard attention, and trains a byte-level language "
+        "model on real text. Leaves report.json and report.png in the output folder.",
+    )
+    parser.add_argument("--quick", action="store_true", help="a smaller job, below 20 seconds")
+    parser.add_argument("--text", metavar="PATH", help="the text to train on (default: Python's language reference)")
+    parser.add_argument("--context", type=_positive, metavar="N", help="tokens (default: 2,048; on a GPU 65,536)")
+    parser.add_argument("--steps", type=_positive, metavar="N", help="training steps (default: as many as time allows)")
+    parser.add_argument("--output", default="cuflash_demo", metavar="DIR", help="folder (default: %(default)s)")
+    _add_device(parser)
+    parser.set_defaults(run=_run_demo)
+
+
+def _run_demo(arguments: argparse.Namespace) -> int:
+    from cuflash.demo import job
+
+    return job.run(
+        job.Settings(
+            quick=arguments.quick,
+            text=arguments.text,
+            context=arguments.context,
+            steps=arguments.steps,
+            output=arguments.output,
+            device=arguments.device,
+        )
+    )
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser("doctor", help="what is installed, which backend arrays get, one exactness check")
+    parser.set_defaults(run=_run_doctor)
+
+
+def _run_doctor(_: argparse.Namespace) -> int:
+    from cuflash.demo import doctor
+
+    return doctor.run()
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser("bench", help="forward and backward time against standard attention")
+    parser.add_argument("--lengths", type=_positive, nargs="+", default=[512, 1_024, 2_048], metavar="N", help="tokens")
+    parser.add_argument("--heads", type=_positive, default=4, metavar="N")
+    parser.add_argument("--head-dim", type=_positive, default=64, metavar="N")
+    parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="rounds whose median is taken")
+    parser.add_argument("--json", metavar="PATH", help="also write the results here")
+    _add_device(parser)
+    parser.set_defaults(run=_run_bench)
+
+
+def _run_bench(arguments: argparse.Namespace) -> int:
+    from cuflash.demo import bench
+
+    return bench.run(
+        bench.Settings(
+            lengths=tuple(arguments.lengths),
+            heads=arguments.heads,
+            head_dim=arguments.head_dim,
+            repeats=arguments.repeats,
+            device=arguments.device,
+            json=arguments.json,
+        )
+    )
+
+
+COMMANDS = (_add_demo, _add_doctor, _add_bench)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: %(default)s")
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a positive whole number")
+    return number
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""What the contract suite runs over: a backend or a kind of array joins by one entry in BACKENDS."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cuflash
+from tests.contract.cases import DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """How to make arrays of one kind, read them back, and call the two functions on them."""
+
+    name: str
+    array: Callable[[np.ndarray], Any]  # the same values, at the same strides
+    numpy: Callable[[Any], np.ndarray]
+    forward: Callable[..., Any] = cuflash.flash_attention
+    backward: Callable[..., Any] = cuflash.flash_attention_backward
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    marks: tuple[pytest.MarkDecorator, ...] = ()
+    memory: Callable[[Any], np.ndarray] | None = None  # all of the memory that an array made by `array` is a view of
+    forced_arch: str | None = None  # CUFLASH_FORCE_ARCH; the backend compiles a kernel for each new Spec
+
+
+class DLPackArray:
+    """An array of a library that cuflash has never heard of: nothing but DLPack, and the name of its library."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __array_namespace__(self) -> Any:
+        return sys.modules[__name__]
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._array.__dlpack_device__()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        if self._array.dtype != ml_dtypes.bfloat16:
+            return self._array.__dlpack__(**options)
+        capsule = self._array.view(np.uint16).__dlpack__(**options)  # NumPy exports no bfloat16
+        _type_code(capsule).value = _BFLOAT
+        return capsule
+
+
+class _Capsule:
+    """A DLPack capsule as a producer that NumPy reads."""
+
+    def __init__(self, capsule: Any) -> None:
+        self._capsule = capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self._capsule
+
+
+def from_dlpack(producer: Any) -> DLPackArray:
+    """The library's own entry, as the array API standard names it."""
+    capsule = producer.__dlpack__()
+    code = _type_code(capsule)
+    if code.value != _BFLOAT:
+        return DLPackArray(np.from_dlpack(_Capsule(capsule)))
+    code.value = _UNSIGNED
+    return DLPackArray(np.from_dlpack(_Capsule(capsule)).view(ml_dtypes.bfloat16))
+
+
+_UNSIGNED, _BFLOAT = 1, 4  # kDLUInt and kDLBfloat of DLDataTypeCode
+
+
+def _type_code(capsule: Any) -> ctypes.c_uint8:
+    """DLTensor.dtype.code of a capsule, to read and to write. The offsets are those of dlpack.h on a 64-bit machine."""
+    get_name, get_pointer = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
+    get_name.restype, get_name.argtypes = ctypes.c_char_p, (ctypes.py_object,)
+    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    name = get_name(capsule)
+    versioned = 32 if name == b"dltensor_versioned" else 0
+    return ctypes.c_uint8.from_address(get_pointer(capsule, name) + versioned + 20)
+
+
+def memory_of(array: np.ndarray) -> np.ndarray:
+    """The whole memory that an array is a view of."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def to_cupy(array: np.ndarray) -> Any:
+    """The same values on the GPU, at the same strides in the same surroundings."""
+    import cupy
+
+    base = np.ascontiguousarray(memory_of(array))
+    offset = (array.__array_interface__["data"][0] - base.__array_interface__["data"][0]) // array.itemsize
+    on_gpu = cupy.asarray(base).ravel()[offset if array.size else 0 :]
+    return cupy.lib.stride_tricks.as_strided(on_gpu, array.shape, array.strides)
+
+
+def cupy_memory(array: Any) -> np.ndarray:
+    while array.base is not None:
+        array = array.base
+    return array.get()
+
+
+def _cupy(arch: str, *dtypes: str) -> Backend:
+    return Backend(
+        name=f"cupy {arch}",
+        array=to_cupy,
+        numpy=lambda x: x.get(),
+        dtypes=dtypes,
+        marks=(pytest.mark.gpu,),
+        memory=cupy_memory,
+        forced_arch="" if arch == "native" else arch,
+    )
+
+
+BACKENDS = [
+    Backend(name="numpy", array=lambda x: x, numpy=lambda x: x, memory=memory_of),
+    Backend(name="dlpack", array=DLPackArray, numpy=lambda x: x._array),
+    _cupy("native", "float16", "bfloat16", "float32"),
+    _cupy("sm_80", "float16", "bfloat16", "float32"),
+    _cupy("sm_75", "float16"),
+]

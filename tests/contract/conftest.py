@@ -1,0 +1,102 @@
+"""The two fixtures of the contract suite: each backend, and each case with what it must give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from cuflash.spec import Spec
+from tests.contract.backends import BACKENDS, Backend
+from tests.contract.cases import CASES, DTYPES, Case, Inputs, make_inputs
+from tests.contract.expected import Expected, expected_backward, expected_forward
+
+
+@pytest.fixture(params=[pytest.param(backend, id=backend.name, marks=backend.marks) for backend in BACKENDS])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    chosen = request.param
+    if chosen.forced_arch is not None:
+        request.getfixturevalue("compiled")
+        monkeypatch.setenv("CUFLASH_FORCE_ARCH", chosen.forced_arch)
+    return chosen
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what a backend does not have: other dtypes' cases, and a fresh kernel for every random example."""
+
+    def fits(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        backend, case = parameters.get("backend"), parameters.get("prepared")
+        dtype = case.dtype if case is not None else parameters.get("dtype")
+        if backend is None:
+            return True
+        if backend.forced_arch is not None and item.path.name == "test_properties.py":
+            return False
+        return dtype is None or dtype in backend.dtypes
+
+    left_out = [item for item in items if not fits(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if fits(item)]
+
+
+@pytest.fixture(scope="session")
+def compiled(request: pytest.FixtureRequest) -> None:
+    """Compile what the collected GPU cases need, in parallel, before the first of them runs."""
+    from cuflash.cuda import toolchain
+    from cuflash.cuda.precompile import portable_jobs, precompile
+
+    jobs = []
+    with pytest.MonkeyPatch.context() as patch:
+        for item in request.session.items:
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            backend, case = parameters.get("backend"), parameters.get("prepared")
+            if backend is not None and case is not None and backend.forced_arch is not None:
+                patch.setenv("CUFLASH_FORCE_ARCH", backend.forced_arch)
+                jobs += portable_jobs(spec_of(case), toolchain.device_target(0), vector_of(case))
+    outcome = precompile(jobs)
+    assert not outcome.failed, outcome.failed[0]
+
+
+def spec_of(case: Case) -> Spec:
+    """The Spec that a case's call has."""
+    left, right = (None, None) if case.window_size is None else case.window_size
+    return Spec(
+        dtype=case.dtype,
+        head_dim=case.head_dim,
+        head_dim_v=case.head_dim_v,
+        bounded_left=left is not None,
+        bounded_right=right is not None or case.causal,
+        softcap=case.softcap is not None,
+        alibi=case.alibi is not None,
+        sinks=case.sinks is not None,
+        packed=case.sequences is not None,
+        dropout=case.dropout_p > 0,
+    )
+
+
+def vector_of(case: Case) -> int:
+    """How wide the kernels' copies can be."""
+    itemsize = np.dtype(DTYPES[case.dtype]).itemsize
+    unaligned = case.head_dim * itemsize % 16 or case.head_dim_v * itemsize % 16 or case.strides == "slice"
+    return itemsize if unaligned else 16
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case's arrays, shared by every backend (tests copy what they let a backend write), and what it must give."""
+
+    case: Case
+    inputs: Inputs
+    forward: dict[str, Expected]
+    backward: dict[str, Expected]
+
+
+@pytest.fixture(scope="module", params=[pytest.param(case, id=case.name) for case in CASES])
+def prepared(request: pytest.FixtureRequest) -> Prepared:
+    case = request.param
+    inputs = make_inputs(case)
+    forward = expected_forward(case, inputs)
+    return Prepared(case, inputs, forward, expected_backward(case, inputs, forward))

@@ -1,0 +1,264 @@
+"""What only a GPU shows: streams, graphs, memory, large offsets, threads, other libraries' arrays, start-up."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cuflash
+from cuflash import reference
+
+pytestmark = pytest.mark.gpu
+MIB = 2**20
+
+
+@pytest.fixture
+def cp() -> Any:
+    import cupy
+
+    return cupy
+
+
+def _inputs(
+    cp: Any, length: int = 256, heads: int = 4, dim: int = 64, dtype: str = "float16", seed: int = 0
+) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    return [cp.asarray(rng.standard_normal((1, length, heads, dim)).astype(dtype)) for _ in range(4)]
+
+
+def _forward_backward(q: Any, k: Any, v: Any, dout: Any, **options: Any) -> list[Any]:
+    out, lse = cuflash.flash_attention(q, k, v, return_lse=True, **options)
+    return [out, lse, *cuflash.flash_attention_backward(dout, q, k, v, out, lse, **options)]
+
+
+def _assert_same(actual: list[Any], expected: list[Any]) -> None:
+    for x, y in zip(actual, expected, strict=True):
+        assert x.tobytes() == y.tobytes()
+
+
+def _slow(cp: Any, seconds: float = 0.2) -> None:
+    """Keep the current stream busy."""
+    spin = cp.RawKernel(
+        'extern "C" __global__ void spin(long long cycles) '
+        "{ const long long start = clock64(); while (clock64() - start < cycles) {} }",
+        "spin",
+    )
+    spin((1,), (1,), (np.int64(seconds * 1.5e9),))
+
+
+def test_nothing_waits_for_the_gpu(cp: Any) -> None:
+    inputs = _inputs(cp)
+    expected = _forward_backward(*inputs, causal=True)
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        _slow(cp, 0.01)
+        stream.synchronize()
+        _slow(cp, 0.5)
+        results = _forward_backward(*inputs, causal=True)
+        assert not stream.done, "the call returned while the GPU was still busy"
+    stream.synchronize()
+    _assert_same(results, expected)
+
+
+def test_streams_interleave(cp: Any) -> None:
+    sets = [_inputs(cp, seed=i) for i in range(2)]
+    expected = [_forward_backward(*inputs) for inputs in sets]
+    streams = [cp.cuda.Stream(non_blocking=True) for _ in sets]
+    cp.cuda.Device().synchronize()
+    results: list[list[list[Any]]] = [[], []]
+    for _ in range(20):
+        for inputs, stream, found in zip(sets, streams, results, strict=True):
+            with stream:
+                found.append(_forward_backward(*inputs))
+    cp.cuda.Device().synchronize()
+    for found, right in zip(results, expected, strict=True):
+        for result in found:
+            _assert_same(result, right)
+
+
+def test_captured_graph_replays_on_fresh_data(cp: Any) -> None:
+    inputs = _inputs(cp)
+    _forward_backward(*inputs, causal=True)  # compiled and its memory in the pool
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        _forward_backward(*inputs, causal=True)
+        stream.synchronize()
+        stream.begin_capture()
+        results = _forward_backward(*inputs, causal=True)
+        graph = stream.end_capture()
+        for seed in range(1, 6):
+            for array, fresh in zip(inputs, _inputs(cp, seed=seed), strict=True):
+                array[...] = fresh
+            graph.launch(stream)
+            stream.synchronize()
+            _assert_same(results, _forward_backward(*inputs, causal=True))
+
+
+def test_threads_share_kernels(cp: Any) -> None:
+    inputs = _inputs(cp, dim=80)
+    expected = _forward_backward(*inputs, softcap=3.0)
+    results: dict[int, list[Any]] = {}
+
+    def work(number: int) -> None:
+        with cp.cuda.Stream(non_blocking=True) as stream:
+            results[number] = _forward_backward(*inputs, softcap=3.0)
+            stream.synchronize()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    for result in results.values():
+        _assert_same(result, expected)
+
+
+def test_repeated_runs_are_bitwise_equal(cp: Any) -> None:
+    inputs = _inputs(cp, length=1000, dtype="float16")
+    expected = _forward_backward(*inputs, causal=True, dropout_p=0.1, seed=1)
+    for _ in range(20):
+        _assert_same(_forward_backward(*inputs, causal=True, dropout_p=0.1, seed=1), expected)
+
+
+class _Allocations:
+    """Bytes asked of CuPy's pool while it is entered."""
+
+    def __init__(self, cp: Any) -> None:
+        class Hook(cp.cuda.MemoryHook):
+            name = "allocations"
+            live = 0
+            peak = 0
+
+            def malloc_postprocess(self, *, size: int, **_: Any) -> None:
+                Hook.live += size
+                Hook.peak = max(Hook.peak, Hook.live)
+
+            def free_preprocess(self, *, mem_size: int, **_: Any) -> None:
+                Hook.live -= mem_size
+
+        self.hook = Hook()
+
+    def __enter__(self) -> Any:
+        return self.hook.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.hook.__exit__(*error)
+
+
+def test_forward_allocates_its_results_alone(cp: Any) -> None:
+    q, k, v, _ = _inputs(cp, length=1024)
+    cuflash.flash_attention(q, k, v, causal=True)
+    with _Allocations(cp) as allocations:
+        out, lse = cuflash.flash_attention(q, k, v, causal=True, return_lse=True)
+    assert allocations.peak == out.nbytes + lse.nbytes
+
+
+def test_memory_of_a_long_context(cp: Any) -> None:
+    shape = (1, 65_536, 16, 128)
+    q, k, v, dout = (cp.random.standard_normal(shape, dtype=np.float32).astype("bfloat16") for _ in range(4))
+    with _Allocations(cp) as allocations:
+        results = _forward_backward(q, k, v, dout, causal=True)
+    cp.cuda.Device().synchronize()
+    assert all(bool(cp.isfinite(x.astype(np.float32)).all()) for x in results)
+    assert allocations.peak <= 1550 * MIB
+    assert allocations.peak >= sum(x.nbytes for x in results)
+
+
+def test_more_elements_than_32_bits_count(cp: Any) -> None:
+    length, heads, dim = 2**20 + 100, 16, 136  # 2.28e9 elements in q, 4.6 GB
+    q = cp.empty((1, length, heads, dim), np.float16)
+    q[...] = cp.random.standard_normal((1, 1, heads, dim), dtype=np.float32).astype(np.float16)
+    q[0, -3:] = cp.random.standard_normal((3, heads, dim), dtype=np.float32).astype(np.float16)
+    k, v = (cp.random.standard_normal((1, 32, heads, dim), dtype=np.float32).astype(np.float16) for _ in range(2))
+    assert q.size > 2**31
+    out, lse = cuflash.flash_attention(q, k, v, return_lse=True)
+    expected, lse_expected = cuflash.flash_attention(q[:, -3:].copy(), k, v, return_lse=True)
+    _assert_same([out[:, -3:], lse[:, :, -3:]], [expected, lse_expected])
+    dq, dk, dv = cuflash.flash_attention_backward(out, q, k, v, out, lse)
+    (dq_expected, _, _) = cuflash.flash_attention_backward(expected, q[:, -3:].copy(), k, v, expected, lse_expected)
+    _assert_same([dq[:, -3:]], [dq_expected])
+    assert all(bool(cp.isfinite(x).all()) for x in (dk, dv))
+
+
+def test_second_device(cp: Any) -> None:
+    if cp.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("one GPU")
+    expected = [cp.asnumpy(x) for x in _forward_backward(*_inputs(cp), causal=True)]
+    with cp.cuda.Device(1):
+        inputs = _inputs(cp)
+    results = _forward_backward(*inputs, causal=True)  # with device 0 current
+    assert {x.device.id for x in results} == {1}
+    with cp.cuda.Device(1):
+        _assert_same([cp.asnumpy(x) for x in results], expected)
+    with pytest.raises(ValueError, match=r"k: got an array on cuda:0; allowed: q's device, cuda:1"):
+        cuflash.flash_attention(inputs[0], _inputs(cp)[1], inputs[2])
+
+
+def test_torch_tensors_come_back_as_torch_tensors(cp: Any) -> None:
+    torch = pytest.importorskip("torch")
+    tensors = [torch.randn(1, 200, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    out, lse, *gradients = _forward_backward(*tensors, causal=True)
+    assert all(isinstance(x, torch.Tensor) and x.is_cuda for x in (out, lse, *gradients))
+    assert out.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+    q, k, v = (x.double().cpu().numpy() for x in tensors[:3])
+    expected, _ = reference.attention(q, k, v, causal=True)
+    assert np.abs(out.double().cpu().numpy() - expected).max() < 0.02  # a bfloat16 result of size 1 to 4
+
+
+def test_unsupported_dtype_says_what_to_do(cp: Any) -> None:
+    inputs = _inputs(cp, dtype="float64")
+    with pytest.raises(cuflash.UnsupportedError, match=r"float64.*cast to float32"):
+        cuflash.flash_attention(*inputs[:3])
+
+
+def test_head_dim_beyond_the_kernels(cp: Any) -> None:
+    inputs = _inputs(cp, dim=264)
+    with pytest.raises(cuflash.UnsupportedError, match="264"):
+        cuflash.flash_attention(*inputs[:3])
+
+
+def test_forced_architecture_is_checked(cp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = _inputs(cp, dtype="float32")
+    monkeypatch.setenv("CUFLASH_FORCE_ARCH", "sm_75")
+    with pytest.raises(cuflash.UnsupportedError, match="sm_75"):
+        cuflash.flash_attention(*inputs[:3])
+
+
+def test_numpy_arrays_are_not_copied_silently() -> None:
+    q = np.zeros((1, 4, 1, 8), np.float32)
+    with pytest.raises(cuflash.UnsupportedError, match=r"cupy\.asarray"):
+        cuflash.flash_attention(q, q, q, backend="cuda")
+
+
+_FIRST_CALL = """
+import time, cupy as cp, cuflash
+q = cp.ones((1, 256, 4, 128), "float16")
+cp.cuda.Device().synchronize()
+start = time.perf_counter()
+out, lse = cuflash.flash_attention(q, q, q, causal=True, return_lse=True)
+cuflash.flash_attention_backward(q, q, q, q, out, lse, causal=True)
+cp.cuda.Device().synchronize()
+print(time.perf_counter() - start)
+"""
+
+
+def test_first_call(tmp_path: Path) -> None:
+    environment = {**os.environ, "CUFLASH_CACHE_DIR": str(tmp_path)}
+    seconds = [
+        float(
+            subprocess.run([sys.executable, "-c", _FIRST_CALL], env=environment, check=True, capture_output=True).stdout
+        )
+        for _ in range(2)
+    ]
+    print(f"first call: {seconds[0]:.2f} s with an empty cache, {seconds[1]:.3f} s with a warm one")
+    assert seconds[0] <= 3.0
+    assert seconds[1] <= 0.3

@@ -1,0 +1,426 @@
+"""The demo's parts on small problems, and the whole of it: complete, failing, and ended by Ctrl-C."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuflash import UnsupportedError, reference
+from cuflash.cli import main
+from cuflash.demo import exactness, job, memory, report, standard, text, training
+from cuflash.demo.model import Config, Model
+from cuflash.demo.optimiser import Optimiser, _orthogonal
+
+TINY = Config(dim=8, heads=2, blocks=2, hidden=12, history=3)
+SWEEP = memory.Sweep(
+    heads=1,
+    head_dim=16,
+    dtype="float32",
+    first_length=128,
+    last_length=1024,
+    cuflash_seconds=60,
+    standard_seconds=60,
+)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> job.Size:
+    """The demo at a size that takes a second."""
+    schedule = training.Schedule(seconds=1, minimum_steps=1, steps=6, evaluations=2, windows=2)
+    size = job.Size(context=256, model=TINY, schedule=schedule, sweep=SWEEP)
+    monkeypatch.setattr(job, "size", lambda settings, xp: size)
+    return size
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    assert (folder / report.PICTURE_NAME).read_bytes().startswith(b"\x89PNG")
+    assert not list(folder.glob("*.partial"))
+    return json.loads((folder / report.JSON_NAME).read_text(encoding="utf-8"))
+
+
+# ---- the text ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "order_0", "order_1"),
+    [
+        (b"aaaa", 0.0, 0.0),
+        (b"abababab", 1.0, 0.0),
+        (b"abcd" * 8, 2.0, 0.0),
+        (b"aab", math.log2(3) - 2 / 3, 1.0),  # p = 2/3, 1/3; after a: a once, b once
+        (b"aabba", 0.6 * math.log2(5 / 3) + 0.4 * math.log2(5 / 2), 1.0),  # after a: a, b; after b: b, a
+    ],
+)
+def test_entropies_by_hand(data: bytes, order_0: float, order_1: float) -> None:
+    array = np.frombuffer(data, dtype=np.uint8)
+    assert text.order_0_entropy(array) == pytest.approx(order_0, abs=1e-12)
+    assert text.order_1_entropy(array) == pytest.approx(order_1, abs=1e-12)
+
+
+def test_default_text_is_long_and_split_without_overlap() -> None:
+    loaded = text.load()
+    assert len(loaded.data) > 300_000
+    assert len(loaded.held_out) == len(loaded.data) // 10
+    np.testing.assert_array_equal(np.concatenate([loaded.train, loaded.held_out]), loaded.data)
+    assert 0 < text.order_1_entropy(loaded.data) < text.order_0_entropy(loaded.data) < 8
+
+
+def test_a_python_without_pydoc_data_is_told_to_name_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(UnsupportedError, match="--text"):
+        text.load()
+
+
+# ---- standard attention ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5), ("float16", 2e-2)])
+def test_standard_attention_is_right(causal: bool, dtype: str, tolerance: float) -> None:
+    random = np.random.default_rng(0)
+    q, k, v, dout = (random.standard_normal((2, 33, 3, 16)).astype(dtype) for _ in range(4))
+    out, probabilities = standard.attention(q, k, v, causal=causal)
+    gradients = standard.attention_backward(dout, q, k, v, out, probabilities)
+    expected = (
+        reference.attention(q, k, v, causal=causal)[0],
+        *reference.attention_backward(dout, q, k, v, causal=causal),
+    )
+    for value, right in zip((out, *gradients), expected, strict=True):
+        assert value.dtype == dtype
+        np.testing.assert_allclose(value, right, rtol=tolerance, atol=tolerance)
+
+
+# ---- the model ---------------------------------------------------------------------------------------------------
+
+
+def tiny_model() -> tuple[Model, np.ndarray]:
+    """A float64 model away from its symmetric start, and tokens [2, 10] with repeated bytes."""
+    random = np.random.default_rng(1)
+    model = Model(TINY, dtype="float64")
+    model.parameters["logits"] += random.standard_normal(model.parameters["logits"].shape)
+    return model, random.integers(0, 6, (2, 10)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", list(Model(TINY).parameters))
+def test_gradients_agree_with_finite_differences(name: str) -> None:
+    model, tokens = tiny_model()
+    _, gradients = model.loss_and_gradients(tokens)
+    assert gradients.keys() == model.parameters.keys()
+    parameter, step = model.parameters[name], 1e-4
+    assert gradients[name].shape == parameter.shape
+    start = parameter.copy()
+    for direction in np.random.default_rng(2).standard_normal((3, *parameter.shape)):
+        slopes = []
+        for distance in (step, 2 * step):  # Richardson: the error of the central difference falls to step ** 4
+            parameter[...] = start + distance * direction
+            above = model.loss(tokens)
+            parameter[...] = start - distance * direction
+            slopes.append((above - model.loss(tokens)) / (2 * distance))
+        expected = (4 * slopes[0] - slopes[1]) / 3
+        assert float((gradients[name] * direction).sum()) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def test_an_untrained_model_knows_nothing_and_a_batch_is_the_mean_of_its_rows() -> None:
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 20)).astype(np.uint8)
+    assert Model(TINY).loss(tokens) == pytest.approx(math.log(256), rel=1e-6)
+    model, tokens = tiny_model()
+    assert model.loss(tokens) == pytest.approx((model.loss(tokens[:1]) + model.loss(tokens[1:])) / 2, rel=1e-12)
+
+
+def test_the_model_does_not_see_what_it_predicts() -> None:
+    model, tokens = tiny_model()
+    length = tokens.shape[1]
+
+    def loss_of_position(row: np.ndarray, position: int) -> float:
+        return model.loss(row[:, : position + 2]) * (position + 1) - (
+            model.loss(row[:, : position + 1]) * position if position else 0.0
+        )
+
+    losses = [loss_of_position(tokens[:1], position) for position in range(length - 1)]
+    assert model.loss(tokens[:1]) == pytest.approx(sum(losses) / (length - 1), rel=1e-12)
+
+
+class SharedNames:
+    """NumPy under the names alone that CuPy has too, with the same meaning: what the model may use."""
+
+    NAMES = ("arange", "asarray", "empty_like", "exp", "log", "maximum", "sqrt", "zeros_like")
+
+    def __getattr__(self, name: str) -> Any:
+        assert name in self.NAMES, f"xp.{name}: does CuPy have it?"
+        return getattr(np, name)
+
+
+def test_model_and_optimiser_use_only_what_cupy_has() -> None:
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 33)).astype(np.uint8)
+    shared, plain = Model(TINY, xp=SharedNames()), Model(TINY)
+    for model in (shared, plain):
+        optimiser = Optimiser(model)
+        for _ in range(2):
+            _, gradients = model.loss_and_gradients(tokens)
+            optimiser.step(gradients, 1.0)
+    assert shared.loss(tokens) == plain.loss(tokens)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 48), (48, 16)])
+def test_muon_makes_singular_values_nearly_equal(shape: tuple[int, int]) -> None:
+    left, _, right = np.linalg.svd(np.random.default_rng(0).standard_normal(shape), full_matrices=False)
+    matrix = left * np.geomspace(1, 20, min(shape)) @ right
+    values = np.linalg.svd(_orthogonal(matrix), compute_uv=False)
+    assert values.max() < 1.3
+    assert values.min() > 0.3
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+def test_schedule_ends_by_steps_or_by_time_and_steps() -> None:
+    fixed = training.Schedule(seconds=1, minimum_steps=100, steps=4)
+    assert [fixed.progress(1000.0, step) for step in (1, 4, 5)] == [0.25, 1.0, 1.0]
+    timed = training.Schedule(seconds=10, minimum_steps=4)
+    assert timed.progress(5.0, 100) == 0.5
+    assert timed.progress(100.0, 2) == 0.5
+    assert timed.progress(10.0, 4) == 1.0
+
+
+def test_training_learns_and_reports_every_step() -> None:
+    corpus = text.Text("a line", np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 300, np.uint8))
+    schedule = training.Schedule(seconds=1, minimum_steps=1, steps=30, evaluations=3, windows=2)
+    steps = list(training.train(Model(TINY), corpus, context=128, schedule=schedule))
+    assert [step.step for step in steps] == list(range(31))
+    assert [step.step for step in steps if step.held_out_bits is not None] == [0, 10, 20, 30]
+    assert steps[0].held_out_bits == pytest.approx(8.0, rel=1e-6)
+    assert steps[-1].held_out_bits is not None
+    assert steps[-1].held_out_bits < text.order_0_entropy(corpus.data)
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tracing", [False, True])
+def test_peak_memory_of_known_allocations(tracing: bool) -> None:
+    if tracing:
+        tracemalloc.start()
+    try:
+        kept = np.zeros(2**20, np.uint8)
+        peak, seconds = memory.peak_memory(np, lambda: [np.zeros(3 * 2**20, np.uint8).sum(), kept.copy().sum()])
+        assert tracemalloc.is_tracing() == tracing
+    finally:
+        tracemalloc.stop()
+    assert 3 * 2**20 <= peak < 3.1 * 2**20
+    assert seconds > 0
+
+
+def test_memory_of_standard_attention_is_as_estimated_and_that_of_cuflash_is_linear() -> None:
+    points = list(memory.sweep(dataclasses.replace(SWEEP, heads=2, first_length=1024, last_length=2048)))
+    assert [(p.length, p.name) for p in points] == list(itertools.product((1024, 2048), ("cuflash", "standard")))
+    peaks = {(point.name, point.length): point.peak_bytes or 0 for point in points}
+    for length in (1024, 2048):
+        assert peaks["standard", length] == pytest.approx(standard.peak_bytes(1, 2, length, 16, 4), rel=0.1)
+    assert peaks["cuflash", 2048] < 2.2 * peaks["cuflash", 1024]
+    assert peaks["cuflash", 2048] < peaks["standard", 2048] / 5
+
+
+def test_sweep_marks_what_does_not_fit() -> None:
+    budget = standard.peak_bytes(1, 1, 256, 16, 4)
+    points = [point for point in memory.sweep(SWEEP, budget_bytes=budget) if point.name == "standard"]
+    assert [point.peak_bytes is not None for point in points] == [True, True, False, False]
+    assert points[2].missing == "does not fit in 0.0 GiB"
+    assert points[2].estimated_bytes == standard.peak_bytes(1, 1, 512, 16, 4)
+
+
+def test_sweep_stops_by_the_time_it_foresees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "peak_memory", lambda xp, function: (1, 1.0))
+    plan = memory.Sweep(
+        heads=1, head_dim=8, dtype="float32", first_length=8, last_length=64, cuflash_seconds=9, standard_seconds=4
+    )
+    points = [(p.name, p.length, p.missing) for p in memory.sweep(plan)]
+    assert points == [
+        ("cuflash", 8, None),
+        ("standard", 8, None),
+        ("cuflash", 16, None),
+        ("standard", 16, "too long, about 4 s"),
+        ("cuflash", 32, None),
+        ("standard", 32, "too long, about 16 s"),
+        ("cuflash", 64, None),
+        ("standard", 64, "too long, about 64 s"),
+    ]
+    shorter = dataclasses.replace(plan, cuflash_seconds=6)
+    assert [p.length for p in memory.sweep(shorter) if p.name == "cuflash"] == [8, 16, 32]
+
+
+def test_sweep_survives_an_allocation_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(inputs: Any, xp: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(memory, "_run_standard", no_memory)
+    assert {p.missing for p in memory.sweep(SWEEP) if p.name == "standard"} == {"does not fit"}
+    monkeypatch.setattr(memory, "_run_cuflash", no_memory)
+    assert [(p.name, p.length) for p in memory.sweep(SWEEP)] == [("cuflash", 128), ("standard", 128)]
+
+
+# ---- exactness ---------------------------------------------------------------------------------------------------
+
+
+def test_exactness_passes_and_a_wrong_result_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = exactness.check(length=70)
+    assert [(row.dtype, row.result) for row in rows] == list(
+        itertools.product(exactness.DTYPES, ("out", "dq", "dk", "dv"))
+    )
+    assert all(row.passed for row in rows)
+
+    backward = exactness.cuflash.flash_attention_backward
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        dq, dk, dv = backward(*arguments, **options)
+        dk[0, 3, 1, 5] = np.nan
+        dv[0, 3, 1, 5] += 1
+        return dq, dk, dv
+
+    monkeypatch.setattr(exactness.cuflash, "flash_attention_backward", wrong)
+    assert {row.result: row.passed for row in exactness.check(dtypes=("float32",), length=70)} == {
+        "out": True,
+        "dq": True,
+        "dk": False,
+        "dv": False,
+    }
+
+
+# ---- the whole ---------------------------------------------------------------------------------------------------
+
+
+def test_quick_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--quick", "--device", "cpu", "--output", str(tmp_path / "new" / "folder")]) == 0
+    found = read_report(tmp_path / "new" / "folder")
+    assert found["status"] == "complete"
+    assert found["checks"] == {"exact": True, "below_order_0": True}
+    assert {"python", "cuflash", "numpy"} <= found["versions"].keys()
+    assert found["machine"]["device"] == "cpu"
+    assert len(found["exactness"]) == 16
+    measured = {point["name"] for point in found["memory"]["points"] if point["peak_bytes"]}
+    assert measured == {"cuflash", "standard"}
+    learned = found["training"]
+    assert learned["context"] == 2048
+    assert learned["held_out"][0] == {"step": 0, "bits_per_byte": pytest.approx(8.0, rel=1e-4)}
+    assert learned["held_out"][-1]["step"] == learned["steps"] == len(learned["train"])
+    assert learned["bits_after"] == learned["held_out"][-1]["bits_per_byte"] < learned["order_0_bits"]
+    printed = capsys.readouterr().out
+    assert f"{learned['bits_after']:.2f}" in printed
+    assert "report.json" in printed
+
+
+def test_demo_on_a_text_of_the_user(small: job.Size, tmp_path: Path) -> None:
+    path = tmp_path / "poem.txt"
+    path.write_bytes("Ein Männlein steht im Walde, ganz still und stumm.\n".encode() * 400)
+    code = main(["demo", "--device", "cpu", "--text", str(path), "--output", str(tmp_path / "out")])
+    found = read_report(tmp_path / "out")
+    assert found["training"]["text"] == "poem.txt"
+    assert found["training"]["bytes"] == path.stat().st_size
+    assert found["training"]["steps"] == small.schedule.steps
+    assert code == (0 if all(found["checks"].values()) else 1)
+
+
+def test_a_failed_check_is_exit_code_1(small: job.Size, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = exactness.Row("float32", "dq", error=math.nan, naive_error=1e-7, allowed=3e-7)
+    monkeypatch.setattr(exactness, "check", lambda *arguments: [wrong])
+    assert job.run(job.Settings(device="cpu", output=str(tmp_path))) == 1
+    found = read_report(tmp_path)
+    assert found["status"] == "complete"
+    assert found["checks"]["exact"] is False
+
+
+def test_ctrl_c_while_training_keeps_what_was_measured(
+    small: job.Size, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = training.train
+
+    def interrupted(*arguments: Any, **options: Any) -> Iterator[training.Step]:
+        yield from itertools.islice(train(*arguments, **options), 4)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupted)
+    assert main(["demo", "--device", "cpu", "--output", str(tmp_path)]) == 130
+    found = read_report(tmp_path)
+    assert found["status"] == "interrupted"
+    assert len(found["memory"]["points"]) == 8
+    assert [point["step"] for point in found["training"]["train"]] == [1, 2, 3]
+    assert "interrupted" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_measuring_memory_shows_what_was_measured(
+    small: job.Size, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: Any) -> Iterator[memory.Point]:
+        yield memory.Point(name="cuflash", length=1024, peak_bytes=5 * 2**20, seconds=0.25)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory, "sweep", interrupted)
+    assert main(["demo", "--device", "cpu", "--output", str(tmp_path)]) == 130
+    found = read_report(tmp_path)
+    assert [point["length"] for point in found["memory"]["points"]] == [1024]
+    assert "training" not in found
+    assert "5.0 MiB" in capsys.readouterr().out
+
+
+def test_a_real_ctrl_c_leaves_a_clean_terminal(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cuflash.cli", "demo", "--quick", "--device", "cpu", "--output", str(tmp_path)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=environment
+    ) as process:
+        assert process.stdout is not None
+        before = list(itertools.takewhile(lambda line: "Memory" not in line, process.stdout))
+        process.send_signal(signal.SIGINT)
+        after, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == ""
+    assert "interrupted" in after
+    printed = "".join(before) + after
+    assert printed.rfind("\x1b[?25h") >= printed.rfind("\x1b[?25l")  # the cursor, hidden by a spinner, is back
+    found = read_report(tmp_path)
+    assert found["status"] == "interrupted"
+    assert found["checks"] == {"exact": True}
+
+
+def test_an_error_on_the_way_still_leaves_a_report(
+    small: job.Size, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*arguments: Any, **options: Any) -> Iterator[training.Step]:
+        raise UnsupportedError("no such kernel")
+
+    monkeypatch.setattr(training, "train", broken)
+    assert main(["demo", "--device", "cpu", "--output", str(tmp_path)]) == 2
+    assert read_report(tmp_path)["status"] == "failed"
+    assert capsys.readouterr().err == "cuflash: error: no such kernel\n"
+
+
+@pytest.mark.parametrize("module", ["rich", "matplotlib"])
+def test_missing_extra_is_named(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UnsupportedError, match=rf"{module}.*pip install 'cuflash\[demo\]'"):
+        job.run(job.Settings(output=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_picture_of_an_empty_report() -> None:
+    left, right = report.picture({}).axes
+    assert [axes.texts[0].get_text() for axes in (left, right)] == ["not measured", "not measured"]
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(512, "512 B"), (1536, "1.5 KiB"), (20 * 2**20, "20 MiB"), (3 * 2**40, "3072 GiB")]
+)
+def test_bytes_for_people(count: int, shown: str) -> None:
+    assert report.format_bytes(count) == shown

@@ -1,0 +1,123 @@
+"""Philox against Random123's known answers, and the mask of P as a pure function of seed and place."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cuflash.dropout import keep_mask, philox4x32, threshold
+
+ONES = 0xFFFFFFFF
+
+# counter, key, result: kat_vectors of Random123, philox 4x32 with 10 rounds
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((ONES,) * 4, (ONES,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_known_answers(counter, key, expected):
+    assert tuple(int(word) for word in philox4x32(counter, key, rounds=10)) == expected
+    assert tuple(int(word) for word in philox4x32(counter, key)) == expected
+
+
+def test_arrays_of_counters():
+    counters, keys, expected = zip(*KNOWN_ANSWERS[:1] * 3, strict=True)
+    words = philox4x32(tuple(np.array(counters).T), keys[0])
+    np.testing.assert_array_equal(np.stack(words, axis=1), expected)
+
+
+def one_element(seed: int, dropout_p: float, batch: int, head: int, q_index: int, kv_index: int) -> bool:
+    """The scheme of cuflash.dropout, spelt out for one element of P: what every kernel must draw too."""
+    a, s, g = q_index // 16, q_index // 8 % 2, q_index % 8
+    b, t, c, u = kv_index // 16, kv_index // 8 % 2, kv_index // 2 % 4, kv_index % 2
+    words = philox4x32((8 * a + g, 4 * b + c, head, batch), (seed % 2**32, seed // 2**32))
+    word = int(words[2 * s + t])
+    number = word // 2**16 if u else word % 2**16
+    return number >= round(65536 * dropout_p)
+
+
+def test_the_scheme_element_by_element():
+    seed, place = 0xA4093822299F31D0, (3, 5)
+    mask = keep_mask(seed, 0.4, *place, 30, 70, 0, 50)
+    expected = [[one_element(seed, 0.4, *place, q, kv) for kv in range(50)] for q in range(30, 70)]
+    np.testing.assert_array_equal(mask, expected)
+
+
+WHOLE = keep_mask(2**64 - 1, 0.3, 7, 2, 0, 90, 0, 75)
+
+
+@given(st.tuples(st.integers(0, 90), st.integers(0, 90)), st.tuples(st.integers(0, 75), st.integers(0, 75)))
+def test_any_part_is_cut_from_the_whole(rows: tuple[int, int], cols: tuple[int, int]):
+    (q_start, q_stop), (kv_start, kv_stop) = sorted(rows), sorted(cols)
+    mask = keep_mask(2**64 - 1, 0.3, 7, 2, q_start, q_stop, kv_start, kv_stop)
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask, WHOLE[q_start:q_stop, kv_start:kv_stop])
+
+
+def test_far_places():
+    far = 2**24
+    mask = keep_mask(1, 0.5, 10**6, 10**4, far - 20, far, far - 20, far)
+    expected = [[one_element(1, 0.5, 10**6, 10**4, q, kv) for kv in range(far - 20, far)] for q in range(far - 20, far)]
+    np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_keep_rate(dropout_p: float):
+    mask = keep_mask(0, dropout_p, 0, 0, 0, 1024, 0, 1024)
+    deviation = math.sqrt(max(dropout_p * (1 - dropout_p), 1e-12) / mask.size)
+    # five standard deviations, and the rounding of the draw to 2^-16
+    assert abs(mask.mean() - (1 - dropout_p)) < 5 * deviation + 2**-17
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dropout_p", [0.001, 0.1, 0.5, 0.9])
+def test_rows_and_columns_are_as_different_as_chance_makes_them(dropout_p: float, axis: int):
+    counts = keep_mask(0, dropout_p, 0, 0, 0, 1024, 0, 1024).sum(axis=axis)
+    # the variance of 1024 binomial counts, within five of its standard deviations, sqrt(2 / 1024) (more for rare drops)
+    expected = 1024 * dropout_p * (1 - dropout_p)
+    assert abs(counts.var() / expected - 1) < 5 * math.sqrt((2 + 1 / expected) / 1024)
+
+
+def test_threshold():
+    assert threshold(0.0) == 0
+    assert threshold(0.5) == 32768
+    assert threshold(0.1) == 6554
+    assert keep_mask(5, 0.0, 0, 0, 0, 64, 0, 64).all()
+
+
+MASKS_THAT_DIFFER = {
+    "seed, low word": (1, 0, 0),
+    "seed, high word": (2**32, 0, 0),
+    "batch": (0, 1, 0),
+    "head": (0, 0, 1),
+    "batch and head": (0, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", MASKS_THAT_DIFFER)
+def test_independent_of_every_other(name: str):
+    seed, batch, head = MASKS_THAT_DIFFER[name]
+    size = 512
+    first = keep_mask(0, 0.5, 0, 0, 0, size, 0, size)
+    other = keep_mask(seed, 0.5, batch, head, 0, size, 0, size)
+    # of independent masks half the elements agree, within five standard deviations
+    assert abs((first == other).mean() - 0.5) < 5 * 0.5 / size
+
+
+@pytest.mark.parametrize("step", [(0, 1), (1, 0), (1, 1), (8, 0), (0, 8), (16, 0), (0, 16)])
+def test_neighbours_are_independent(step: tuple[int, int]):
+    size = 512
+    mask = keep_mask(0, 0.5, 0, 0, 0, size + 16, 0, size + 16)
+    shifted = mask[step[0] : step[0] + size, step[1] : step[1] + size]
+    assert abs((mask[:size, :size] == shifted).mean() - 0.5) < 5 * 0.5 / size

@@ -1,0 +1,139 @@
+"""Every kernel compiles for every architecture without spills, local memory or too much shared memory. No GPU."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+
+import pytest
+
+from cuflash import UnsupportedError, tuning
+from cuflash.cuda import jit
+from cuflash.cuda.precompile import portable_jobs
+from cuflash.cuda.toolchain import Target, resources
+from cuflash.spec import Spec
+
+ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+HEAD_DIMS = (64, 128, 192, 256)  # the upper ends of the tile table's ranges
+PLAIN = Spec(dtype="bfloat16", head_dim=64, head_dim_v=64)
+EVERYTHING = {
+    "bounded_left": True,
+    "bounded_right": True,
+    "softcap": True,
+    "alibi": True,
+    "sinks": True,
+    "packed": True,
+    "dropout": True,
+}
+
+
+def _spec(dtype: str, head_dim: int, head_dim_v: int | None = None, **options: bool) -> Spec:
+    return Spec(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v or head_dim, **options)
+
+
+def _faults(job: tuple) -> list[str]:
+    """What ptxas reports of one kernel that must not be."""
+    name, spec, tile, target = job
+    ((entry, used),) = resources(jit.compile_variant(*job).log).items()
+    assert entry == name
+    shared = used.shared_bytes + tuning.shared_bytes(name, spec, tile)
+    faults = {
+        f"{used.spill_bytes} bytes of spills": used.spill_bytes,
+        f"{used.stack_bytes} bytes of local memory": used.stack_bytes,
+        f"{shared} bytes of shared memory": shared > tuning.SHARED_MEMORY[target.path],
+        f"{used.registers * 32 * tile.warps} registers a block": used.registers * 32 * tile.warps > 65_536,
+        f"advisories {used.advisories}": used.advisories,
+    }
+    return [f"{name} {target.arch} {spec} {tile}: {fault}" for fault, present in faults.items() if present]
+
+
+def _check(jobs: list[tuple]) -> None:
+    assert jobs
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        faults = [fault for found in pool.map(_faults, dict.fromkeys(jobs)) for fault in found]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_option_at_once(arch: str) -> None:
+    target = Target.named(arch)
+    dtypes = ("float16",) if arch == "sm_75" else ("bfloat16", "float32")
+    specs = [_spec(dtype, dim, **EVERYTHING) for dtype, dim in product(dtypes, HEAD_DIMS)]
+    _check([job for spec in specs for job in portable_jobs(spec, target)])
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_plain_and_causal(arch: str, dtype: str) -> None:
+    specs = [_spec(dtype, dim, bounded_right=causal) for dim, causal in product(HEAD_DIMS, (False, True))]
+    _check([job for spec in specs for job in portable_jobs(spec, Target.named(arch))])
+
+
+@pytest.mark.usefixtures("compiler")
+def test_other_dims_alignments_and_tf32() -> None:
+    target = Target.named("sm_80")
+    jobs = portable_jobs(_spec("bfloat16", 72, 40, bounded_right=True), target)
+    jobs += portable_jobs(_spec("float16", 136, 8), target)
+    jobs += portable_jobs(_spec("float32", 8, 200), target)
+    jobs += portable_jobs(_spec("bfloat16", 33, 65, bounded_right=True), target, vector=2)
+    jobs += portable_jobs(_spec("float32", 33, 65, bounded_right=True), target, vector=4)
+    jobs += portable_jobs(_spec("float32", 128, allow_tf32=True), target)
+    jobs += portable_jobs(_spec("float16", 40), Target.named("sm_75"), vector=2)
+    _check(jobs)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("path", [750, 800])
+def test_forced_paths_compile_for_a_newer_gpu(path: int) -> None:
+    jobs = portable_jobs(_spec("float16", 128, **EVERYTHING), Target("sm_90a", path))
+    _check(jobs)
+
+
+def test_every_head_dim_has_a_tile_that_fits() -> None:
+    counts: Counter[str] = Counter()
+    for path, limit in tuning.SHARED_MEMORY.items():
+        dtypes = ("float16",) if path < 800 else ("float16", "bfloat16", "float32")
+        for dtype, head_dim, head_dim_v in product(dtypes, range(1, 257, 5), (1, 8, 64, 128, 129, 192, 256)):
+            for name in tuning.kernels_of(PLAIN, backward=False) + tuning.kernels_of(PLAIN, backward=True):
+                spec = _spec(dtype, head_dim, head_dim_v)
+                tile = tuning.portable_tile(name, spec, path, 16)
+                assert tuning.shared_bytes(name, spec, tile) <= limit
+                assert path >= 800 or tile.stages == 1
+                counts[name] += 1
+    assert set(counts) == {"forward_portable", "backward_prepare", "backward_portable_dkv", "backward_portable_dq"}
+
+
+def test_shared_memory_sums() -> None:
+    spec = _spec("bfloat16", 128)
+    tile = tuning.portable_tile("forward_portable", spec, 800, 16)
+    row = 128 * 2 + 16  # a row of 128 bfloat16 and its padding
+    assert tuning.shared_bytes("forward_portable", spec, tile) == row * (tile.rows + 2 * tile.stages * tile.cols)
+    tile = tuning.portable_tile("backward_portable_dkv", spec, 800, 16)
+    expected = 2 * row * tile.cols + tile.stages * (2 * row + 8) * tile.rows
+    assert tuning.shared_bytes("backward_portable_dkv", spec, tile) == expected
+
+
+def test_a_spec_is_reduced_to_what_a_kernel_depends_on() -> None:
+    everything = _spec("bfloat16", 64, deterministic=True, **EVERYTHING)
+    assert tuning.kernel_spec("backward_prepare", everything) == _spec("bfloat16", 64, packed=True)
+    assert not tuning.kernel_spec("backward_portable_dq", everything).sinks
+    assert tuning.kernel_spec("forward_portable", everything).sinks
+
+
+@pytest.mark.parametrize(
+    ("spec", "path", "named"),
+    [
+        (_spec("float64", 64), 900, "float64"),
+        (_spec("bfloat16", 64), 750, "bfloat16"),
+        (_spec("float32", 64), 750, "float32"),
+        (_spec("float16", 264), 900, "264"),
+        (_spec("float16", 64, 300), 900, "300"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_said(spec: Spec, path: int, named: str) -> None:
+    with pytest.raises(UnsupportedError, match=named):
+        tuning.check_supported(spec, path)
