@@ -4,7 +4,7 @@
 
 constexpr int DV = SPEC.head_dim_v;
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_prepare(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) backward_prepare(const __grid_constant__ Params p) {
     const long long index = static_cast<long long>(blockIdx.x) * TILE.warps + threadIdx.x / 32;
     const int head = index % p.heads;
     const int row = index / p.heads % p.q_len;

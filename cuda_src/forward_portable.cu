@@ -17,7 +17,7 @@ constexpr int Q_BYTES = TILE.rows * row_pitch(D);
 constexpr int K_BYTES = TILE.cols * row_pitch(D);
 constexpr int V_BYTES = TILE.cols * row_pitch(DV);
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_portable(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) forward_portable(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) unsigned char smem[];
     const unsigned int Q_smem = shared_address(smem);
     const unsigned int KV_smem = Q_smem + Q_BYTES;

@@ -34,7 +34,9 @@ struct Fragment {
     }
 };
 
-// acc [16, 8] += A [16, K_STEP] B [K_STEP, 8]
+// acc [16, 8] += A [16, K_STEP] B [K_STEP, 8]. With float32 the product of the two low terms counts (WITH_LOW_LOW) where
+// both operands are inputs: S of a large score must be right to its last bit.
+template <bool WITH_LOW_LOW>
 __device__ __forceinline__ void multiply_add(float (&acc)[4], const Fragment<4>& a, const Fragment<2>& b) {
     if constexpr (SPEC.dtype == Dtype::bfloat16) {
         mma_bf16_m16n8k16(acc, a.hi, b.hi);
@@ -49,6 +51,7 @@ __device__ __forceinline__ void multiply_add(float (&acc)[4], const Fragment<4>&
         // Tensor cores truncate when they accumulate: each step starts at zero and is added in float32.
         float step[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         if constexpr (THREE_TERMS) {
+            if constexpr (WITH_LOW_LOW) mma_tf32_m16n8k8(step, a.lo, b.lo);
             mma_tf32_m16n8k8(step, a.lo, b.hi);
             mma_tf32_m16n8k8(step, a.hi, b.lo);
         }
@@ -86,7 +89,7 @@ __device__ __forceinline__ void multiply_nt(float (&acc)[M][N][4], unsigned int 
                 b.set(0, raw[2 * half]);
                 b.set(1, raw[2 * half + 1]);
 #pragma unroll
-                for (int m = 0; m < M; ++m) multiply_add(acc[m][n + half], a[m], b);
+                for (int m = 0; m < M; ++m) multiply_add<true>(acc[m][n + half], a[m], b);
             }
         }
     }
@@ -128,7 +131,7 @@ __device__ __forceinline__ void multiply_nn(float (&acc)[M][N][4], const float (
                 b.set(0, load_shared_word(b_lane + n * 32));
                 b.set(1, load_shared_word(b_lane + n * 32 + PITCH));
 #pragma unroll
-                for (int m = 0; m < M; ++m) multiply_add(acc[m][n], a[m], b);
+                for (int m = 0; m < M; ++m) multiply_add<false>(acc[m][n], a[m], b);
             }
         } else {
             static_assert(N % 2 == 0);
@@ -143,7 +146,7 @@ __device__ __forceinline__ void multiply_nn(float (&acc)[M][N][4], const float (
                     b.set(0, raw[2 * half]);
                     b.set(1, raw[2 * half + 1]);
 #pragma unroll
-                    for (int m = 0; m < M; ++m) multiply_add(acc[m][n + half], a[m], b);
+                    for (int m = 0; m < M; ++m) multiply_add<false>(acc[m][n + half], a[m], b);
                 }
             }
         }

@@ -60,6 +60,9 @@ class Tile:
     stages: int = 1  # tiles in flight
     warps: int = 4
     split: int = 1  # warps that share rows and divide the head dimension of the accumulators
+    blocks: int = (
+        0  # thread blocks that must fit on a multiprocessor: bounds the registers; 0 leaves it to the compiler
+    )
     vector: int = 16  # bytes one copy instruction moves: 16, or an element's where alignment allows no more
 
     def render(self) -> str:

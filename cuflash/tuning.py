@@ -28,47 +28,49 @@ def numpy_tile(q_len: int, kv_len: int) -> Tile:
     return Tile(rows=min(256, max(q_len, 1)), cols=min(512, max(kv_len, 1)))
 
 
-# Tiles of the portable kernels as (rows, cols, stages, warps, split), by kernel, width of an element in bytes and the
-# head dimension they reach. The first that fits into shared memory is taken. Registers decide rows and split: a warp
+# Tiles of the portable kernels as (rows, cols, stages, warps, split, blocks), by kernel, width of an element in bytes and
+# the head dimension they reach. The first that fits into shared memory is taken. Registers decide rows and split: a warp
 # keeps 16 rows of every accumulator, head_dim / 2 / split registers a lane each, and no variant may spill.
 _PORTABLE = {
     ("forward_portable", 2): {
-        64: ((128, 64, 2, 8, 1), (64, 64, 1, 4, 1)),
-        128: ((128, 64, 2, 8, 1), (128, 32, 2, 8, 1), (64, 64, 1, 4, 1)),
-        192: ((128, 64, 1, 8, 1), (64, 64, 1, 4, 1), (32, 32, 1, 2, 1)),
-        256: ((64, 64, 1, 4, 1), (32, 32, 1, 2, 1)),
+        64: ((64, 64, 2, 4, 1, 1), (64, 64, 1, 4, 1, 1)),
+        128: ((64, 64, 2, 4, 1, 1), (64, 32, 2, 4, 1, 1), (64, 64, 1, 4, 1, 1)),
+        192: ((128, 64, 1, 8, 1, 1), (64, 64, 1, 4, 1, 1), (32, 32, 1, 2, 1, 1)),
+        256: ((64, 64, 1, 4, 1, 1), (32, 32, 1, 2, 1, 1)),
     },
     ("forward_portable", 4): {
-        64: ((128, 32, 2, 8, 1), (64, 32, 2, 4, 1)),
-        128: ((128, 32, 2, 8, 1), (64, 32, 1, 4, 1)),
-        192: ((64, 32, 1, 8, 2), (32, 16, 1, 4, 2)),
-        256: ((64, 32, 1, 8, 2), (32, 16, 1, 4, 2)),
+        64: ((128, 32, 2, 8, 1, 0), (64, 32, 2, 4, 1, 0)),
+        128: ((128, 32, 2, 8, 1, 0), (64, 32, 1, 4, 1, 0)),
+        192: ((64, 32, 1, 8, 2, 0), (32, 16, 1, 4, 2, 0)),
+        256: ((64, 32, 1, 8, 2, 0), (32, 16, 1, 4, 2, 0)),
     },
     ("backward_portable_dkv", 2): {
-        64: ((64, 128, 2, 8, 1), (64, 64, 1, 4, 1)),
-        128: ((32, 128, 2, 8, 1), (32, 64, 2, 4, 1), (16, 64, 1, 4, 1)),
-        192: ((32, 64, 1, 8, 2), (16, 32, 1, 4, 2)),
-        256: ((32, 64, 1, 8, 2), (16, 64, 1, 8, 2), (16, 32, 1, 4, 2)),
+        64: ((64, 64, 2, 4, 1, 1), (64, 64, 1, 4, 1, 1)),
+        128: ((32, 128, 2, 8, 1, 1), (32, 64, 2, 4, 1, 1), (16, 64, 1, 4, 1, 1)),
+        192: ((32, 64, 1, 8, 2, 1), (16, 32, 1, 4, 2, 1)),
+        256: ((32, 64, 1, 8, 2, 1), (16, 64, 1, 8, 2, 1), (16, 32, 1, 4, 2, 1)),
     },
     ("backward_portable_dkv", 4): {
-        64: ((32, 64, 2, 4, 1),),
-        128: ((16, 64, 2, 8, 2), (16, 64, 1, 8, 2)),
-        192: ((16, 32, 1, 8, 4),),
-        256: ((16, 32, 1, 8, 4),),
+        64: ((32, 64, 2, 4, 1, 0),),
+        128: ((16, 64, 2, 8, 2, 0), (16, 64, 1, 8, 2, 0)),
+        192: ((16, 32, 1, 8, 4, 1),),
+        256: ((16, 32, 1, 8, 4, 1),),
     },
     ("backward_portable_dq", 2): {
-        64: ((128, 64, 2, 8, 1), (64, 64, 1, 4, 1)),
-        128: ((128, 64, 2, 8, 1), (64, 32, 2, 4, 1), (64, 32, 1, 4, 1)),
-        192: ((64, 32, 1, 4, 1), (32, 32, 1, 2, 1), (32, 16, 1, 2, 1)),
-        256: ((64, 32, 1, 4, 1), (32, 16, 1, 2, 1)),
+        64: ((64, 64, 2, 4, 1, 1), (64, 64, 1, 4, 1, 1)),
+        128: ((64, 64, 2, 4, 1, 1), (64, 32, 2, 4, 1, 1), (64, 32, 1, 4, 1, 1)),
+        192: ((64, 32, 1, 4, 1, 1), (32, 32, 1, 2, 1, 1), (32, 16, 1, 2, 1, 1)),
+        256: ((64, 32, 1, 4, 1, 1), (32, 16, 1, 2, 1, 1)),
     },
     ("backward_portable_dq", 4): {
-        64: ((64, 32, 2, 4, 1),),
-        128: ((64, 32, 2, 4, 1), (32, 32, 1, 2, 1)),
-        192: ((64, 16, 1, 8, 2), (32, 16, 1, 4, 2)),
-        256: ((64, 16, 1, 8, 2), (32, 16, 1, 4, 2)),
+        64: ((64, 32, 2, 4, 1, 1),),
+        128: ((64, 32, 2, 4, 1, 0), (32, 32, 1, 2, 1, 0)),
+        192: ((64, 16, 1, 8, 2, 1), (32, 16, 1, 4, 2, 1)),
+        256: ((64, 16, 1, 8, 2, 1), (32, 16, 1, 4, 2, 1)),
     },
 }
+# Two rows of accumulator tiles a warp halve the reads of K and V; the registers suffice where the score stage is short.
+_PLAIN = {("forward_portable", 2, 64): (128, 64, 2, 4, 1, 1)}
 _ROWWISE = Tile(rows=1, cols=1, warps=8)  # kernels that work row by row
 _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, head_dim_v and packed
     "forward_portable": ("bounded_left", "bounded_right", "softcap", "alibi", "sinks", "dropout", "allow_tf32"),
@@ -111,10 +113,13 @@ def portable_tile(kernel: str, spec: Spec, path: int, vector: int) -> Tile:
     if table is None:
         return replace(_ROWWISE, vector=vector)
     reach = next(dim for dim in table if max(spec.head_dim, spec.head_dim_v) <= dim)
-    for rows, cols, stages, warps, split in table[reach]:
+    candidates = table[reach]
+    if not (spec.softcap or spec.alibi or spec.dropout) and (kernel, element_bytes, reach) in _PLAIN:
+        candidates = (_PLAIN[kernel, element_bytes, reach], *candidates)
+    for rows, cols, stages, warps, split, blocks in candidates:
         if stages > 1 and path < 800:
             continue  # without asynchronous copies there is nothing to keep in flight
-        tile = Tile(rows=rows, cols=cols, stages=stages, warps=warps, split=split, vector=vector)
+        tile = Tile(rows=rows, cols=cols, stages=stages, warps=warps, split=split, blocks=blocks, vector=vector)
         if shared_bytes(kernel, spec, tile) <= SHARED_MEMORY[path]:
             return tile
     raise AssertionError(f"no tile of {kernel} fits into the shared memory of path {path}: {spec}")

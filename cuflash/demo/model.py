@@ -57,11 +57,12 @@ class Model:
         self.slopes = xp.asarray([2.0 ** (-8 * (head + 1) / config.heads) for head in range(config.heads)], "float32")
 
     def loss(self, tokens: Any) -> float:
-        """Mean cross entropy, in nats, of predicting tokens[:, 1:] from the bytes before; tokens [batch, length + 1] uint8."""
-        return self._forward(tokens)[0]
+        """Mean cross entropy in nats of tokens[:, 1:], from the bytes before; tokens [batch, length + 1] uint8."""
+        return self._forward(tokens.astype("int64"))[0]
 
     def loss_and_gradients(self, tokens: Any) -> tuple[float, dict[str, Any]]:
         """The loss as in `loss` and its gradient for every parameter, under the same names."""
+        tokens = tokens.astype("int64")  # they become indices
         loss, dlogits, saved = self._forward(tokens, keep=True)
         return loss, self._backward(tokens, dlogits, saved)
 
@@ -105,7 +106,7 @@ class Model:
             dx += self._transform_backward(dx, block, saved.pop(), gradients)
             dx += self._attend_backward(dx, block, batch, saved.pop(), gradients)
         # The gradient of a table is a sum by byte: a product with the one-hot matrix, alike on every array module.
-        one_hot = (tokens[:, :-1, None] == xp.arange(BYTES, dtype="uint8")).astype(self.dtype)
+        one_hot = (tokens[:, :-1, None] == xp.arange(BYTES)).astype(self.dtype)
         dx = dx.reshape(batch, length, self.config.dim)
         for distance in range(self.config.history):
             hot = one_hot[:, : length - distance].reshape(-1, BYTES)

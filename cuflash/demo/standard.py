@@ -26,7 +26,7 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool = False, xp: Any = np) -> 
     if causal:
         length = q.shape[-2]
         later = xp.arange(length)[None, :] > xp.arange(length)[:, None]
-        xp.copyto(scores, scores.dtype.type(-math.inf), where=later)
+        xp.copyto(scores, -math.inf, where=later)
     scores -= scores.max(axis=-1, keepdims=True)
     xp.exp(scores, out=scores)
     # Half-precision sums run over thousands of terms: accumulate them in float32.
