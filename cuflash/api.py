@@ -538,13 +538,20 @@ def _check_output(name: str, array: Any, expected: Signature, others: dict[str, 
             _bad(name, f"strides {signature.strides} (in elements)", "an array whose elements do not overlap")
     for other_name, other in others.items():
         if _share_memory(array, other):
-            _bad(name, f"an array that shares memory with {other_name}", "memory of its own")
+            _bad(
+                name,
+                f"an array that shares memory with {other_name}",
+                "memory that no input uses, nor another gradient",
+            )
 
 
 def _share_memory(a: Any, b: Any) -> bool:
-    """Whether two NumPy arrays have an element in common; interleaved views of one buffer have none."""
+    """Whether two arrays have an element in common; interleaved views of one buffer have none.
+
+    On a GPU only arrays that start at the same place are found.
+    """
     if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
-        return False
+        return a.size > 0 and b.size > 0 and a.data.ptr == b.data.ptr
     try:
         return np.shares_memory(a, b, max_work=10_000)
     except np.exceptions.TooHardError:

@@ -20,8 +20,8 @@ class Expected(NamedTuple):
     factor: float
     typical: float = 0.0  # see `tolerance.assert_close`
 
-    def check(self, actual: np.ndarray, name: str) -> None:
-        tolerance.assert_close(actual, self.oracle, self.naive, self.dtype, self.factor, name, self.typical)
+    def check(self, actual: np.ndarray, name: str, arithmetic: float = 0.0) -> None:
+        tolerance.assert_close(actual, self.oracle, self.naive, self.dtype, self.factor, name, self.typical, arithmetic)
 
 
 def expected_forward(case: Case, inputs: Inputs) -> dict[str, Expected]:

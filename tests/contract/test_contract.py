@@ -63,7 +63,7 @@ def test_forward(backend: Backend, prepared: Prepared):
     results = run_forward(backend, case, inputs)
     for (name, expected), result in zip(prepared.forward.items(), results, strict=True):
         assert type(result) is type(backend.array(inputs.q)), "the result is of the caller's kind of array"
-        expected.check(backend.numpy(result), name)
+        expected.check(backend.numpy(result), name, backend.arithmetic(case, inputs, name, expected.oracle))
     assert all_bytes(inputs) == before, "the inputs are left alone"
     if case.deterministic:
         assert_bitwise(backend, run_forward(backend, case, inputs), results)
@@ -77,7 +77,7 @@ def test_backward(backend: Backend, prepared: Prepared):
     gradients, given = run_backward(backend, case, inputs, out, lse)
     for (name, expected), gradient in zip(prepared.backward.items(), gradients, strict=True):
         assert type(gradient) is type(backend.array(inputs.q)), "the result is of the caller's kind of array"
-        expected.check(backend.numpy(gradient), name)
+        expected.check(backend.numpy(gradient), name, backend.arithmetic(case, inputs, name, expected.oracle))
         if name in given:
             assert gradient is given[name], "what was given is what comes back"
     assert all_bytes(inputs) == before, "the inputs are left alone"
@@ -200,7 +200,7 @@ def test_a_sink_of_minus_infinity_is_no_sink(backend: Backend, dtype: str):
     out, lse = run_forward(backend, case, inputs)
     gradients, _ = run_backward(backend, case, inputs, out, lse)
     for (name, result), actual in zip(expected.items(), (out, lse, *gradients), strict=True):
-        result.check(backend.numpy(actual), name)
+        result.check(backend.numpy(actual), name, backend.arithmetic(case, inputs, name, result.oracle))
 
 
 # ---- NaN gets at least where the arithmetic puts it, and never to another head -----------------------------------
@@ -227,7 +227,8 @@ def test_nan_row(backend: Backend, mask: str, poisoned: str, dtype: str):
     for (name, result), actual in zip(expected.items(), (out, lse, *gradients), strict=True):
         found = backend.numpy(actual)
         if poisoned in ("q", "k") and name in ("out", "lse"):
-            result.check(found, name)  # masked scores are selected away, whatever they were
+            arithmetic = backend.arithmetic(case, inputs, name, result.oracle)
+            result.check(found, name, arithmetic)  # masked scores are selected away, whatever they were
             continue
         # 0 * NaN is NaN: inside the head a product may carry it to pairs that are masked.
         assert np.isnan(found[np.isnan(result.oracle)]).all(), f"{name}: NaN has been lost"
