@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) backward_port
     const unsigned int V_smem = K_smem + K_BYTES;
     const unsigned int stages_smem = V_smem + V_BYTES;
 
-    const Work work = find_work<TILE.cols, true>(p, p.kv_tiles, p.heads / p.group);
+    const Work work = find_work<TILE.cols, true>(p, blockIdx.x, p.kv_tiles, p.heads / p.group);
     if (!work.exists) return;
     const Sequence& sequence = work.sequence;
     const int kv_first = work.tile * TILE.cols;
@@ -85,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) backward_port
         // P^T (in S) and dS^T (in dP)
         const Scores scores(p, sequence.index, head, band.offset);
         const Dropout dropout(p, sequence.index, head);
-        const bool cut = band.cuts(q_first, kv_first);
+        const bool cut = band.cuts(q_first, TILE.rows, kv_first, TILE.cols);
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
 #pragma unroll

@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) backward_port
     const unsigned int dO_smem = Q_smem + Q_BYTES;
     const unsigned int KV_smem = dO_smem + DO_BYTES;
 
-    const Work work = find_work<TILE.rows, false>(p, p.q_tiles, p.heads);
+    const Work work = find_work<TILE.rows, false>(p, blockIdx.x, p.q_tiles, p.heads);
     if (!work.exists) return;
     const Sequence& sequence = work.sequence;
     const int head = work.head, kv_head = head / p.group;
@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) backward_port
         multiply_nt<DV>(dP, dO_smem + warp_row * row_pitch(DV), V_smem);
 
         // dS (in dP)
-        const bool cut = band.cuts(q_first, kv_first);
+        const bool cut = band.cuts(q_first, TILE.rows, kv_first, TILE.cols);
 #pragma unroll
         for (int i = 0; i < M; ++i) {
 #pragma unroll

@@ -6,6 +6,7 @@
 #include "dropout.cuh"
 #include "mask.cuh"
 #include "scores.cuh"
+#include "softmax.cuh"
 
 constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
 constexpr int WARP_ROWS = TILE.rows / (TILE.warps / TILE.split);
@@ -22,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) forward_porta
     const unsigned int Q_smem = shared_address(smem);
     const unsigned int KV_smem = Q_smem + Q_BYTES;
 
-    const Work work = find_work<TILE.rows, false>(p, p.q_tiles, p.heads);
+    const Work work = find_work<TILE.rows, false>(p, blockIdx.x, p.q_tiles, p.heads);
     if (!work.exists) return;
     const Sequence& sequence = work.sequence;
     const int head = work.head, kv_head = head / p.group;
@@ -78,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) forward_porta
         multiply_nt<D>(S, Q_smem + warp_row * row_pitch(D), K_smem);
 
         // Scale, softcap, ALiBi and mask; S is in units of log2 from here on.
-        const bool cut = band.cuts(q_first, kv_first);
+        const bool cut = band.cuts(q_first, TILE.rows, kv_first, TILE.cols);
 #pragma unroll
         for (int i = 0; i < M; ++i) {
 #pragma unroll
@@ -153,24 +154,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) forward_porta
         float scale[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float denominator = l[i][half];
-            denominator += __shfl_xor_sync(0xFFFFFFFF, denominator, 1);
-            denominator += __shfl_xor_sync(0xFFFFFFFF, denominator, 2);
-            float reference = m[i][half] == MINUS_INFINITY ? 0.0f : m[i][half];
-            float rescale = 1.0f;
-            if (SPEC.sinks && !is_outside(p, sequence)) {
-                const float sink = LOG2_E * load_scalar(p.sinks, head * p.sinks_stride, p.sinks_float32);
-                const float with_sink = fmaxf(m[i][half], sink) == MINUS_INFINITY ? 0.0f : fmaxf(m[i][half], sink);
-                rescale = exp2_approximate(reference - with_sink);
-                denominator = denominator * rescale + exp2_approximate(sink - with_sink);
-                reference = with_sink;
-            }
-            const bool empty = denominator == 0.0f;  // a row that may attend to nothing
-            scale[half] = empty ? 0.0f : rescale / denominator;
+            float lse;
+            scale[half] = finish_row(p, sequence, head, m[i][half], l[i][half], lse);
             const int row = warp_row + 16 * i + lane / 4 + 8 * half;
-            if (lane % 4 == 0 && first_col == 0 && row < q_rows) {
-                lse_gmem[row] = empty ? MINUS_INFINITY : fmaf(reference, LN_2, logf(denominator));
-            }
+            if (lane % 4 == 0 && first_col == 0 && row < q_rows) lse_gmem[row] = lse;
         }
         const int row = warp_row + 16 * i;
         store_accumulators<DV>(O_gmem + row * p.out.row_stride, p.out.row_stride, q_rows - row, first_col, O[i], scale,

@@ -25,9 +25,9 @@ struct Band {
         return tiles_of(start, stop, q_len, TILE.rows);
     }
 
-    // Whether some pair of the tile at (q_first, kv_first) is masked or lies outside the sequence.
-    __device__ __forceinline__ bool cuts(int q_first, int kv_first) const {
-        const int q_last = q_first + TILE.rows - 1, kv_last = kv_first + TILE.cols - 1;
+    // Whether some pair of a tile [rows, cols] at (q_first, kv_first) is masked or lies outside the sequence.
+    __device__ __forceinline__ bool cuts(int q_first, int rows, int kv_first, int cols) const {
+        const int q_last = q_first + rows - 1, kv_last = kv_first + cols - 1;
         bool cut = kv_last >= kv_len || q_last >= q_len;
         if constexpr (SPEC.bounded_left) cut |= kv_first < q_last + offset - left;
         if constexpr (SPEC.bounded_right) cut |= kv_last > q_first + offset + right;

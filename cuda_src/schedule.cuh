@@ -28,16 +28,15 @@ __device__ __forceinline__ bool is_outside(const Params& p, const Sequence& sequ
     return SPEC.packed && sequence.index == p.batch;
 }
 
-// Block `block` of the grid, tiles of TILE_ROWS rows (of queries, or of keys if BY_KEYS), the tile index fastest.
+// Number `block` of the work, tiles of TILE_ROWS rows (of queries, or of keys if BY_KEYS), the tile index fastest.
 //
 // Packed: nobody on the host knows the lengths, so sequence i is given the tiles from boundary[i] / TILE_ROWS + i on.
 // That start never decreases and leaves room for ceil(len / TILE_ROWS) tiles; what is left over does not exist. The
 // rows after the last boundary are one more sequence, with nothing on the other side, so that their results become
 // zero.
 template <int TILE_ROWS, bool BY_KEYS>
-__device__ __forceinline__ Work find_work(const Params& p, int tiles, int heads) {
+__device__ __forceinline__ Work find_work(const Params& p, int block, int tiles, int heads) {
     Work work;
-    const int block = blockIdx.x;
     int tile = block % tiles;
     work.head = block / tiles % heads;
     if constexpr (SPEC.packed) {

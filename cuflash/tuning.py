@@ -28,9 +28,9 @@ def numpy_tile(q_len: int, kv_len: int) -> Tile:
     return Tile(rows=min(256, max(q_len, 1)), cols=min(512, max(kv_len, 1)))
 
 
-# Tiles of the portable kernels as (rows, cols, stages, warps, split, blocks), by kernel, width of an element in bytes and
-# the head dimension they reach. The first that fits into shared memory is taken. Registers decide rows and split: a warp
-# keeps 16 rows of every accumulator, head_dim / 2 / split registers a lane each, and no variant may spill.
+# Tiles of the portable kernels as (rows, cols, stages, warps, split, blocks), by kernel, width of an element in bytes
+# and the head dimension they reach. The first that fits into shared memory is taken. Registers decide rows and split: a
+# warp keeps 16 rows of every accumulator, head_dim / 2 / split registers a lane each, and no variant may spill.
 _PORTABLE = {
     ("forward_portable", 2): {
         64: ((64, 64, 2, 4, 1, 1), (64, 64, 1, 4, 1, 1)),
@@ -72,8 +72,16 @@ _PORTABLE = {
 # Two rows of accumulator tiles a warp halve the reads of K and V; the registers suffice where the score stage is short.
 _PLAIN = {("forward_portable", 2, 64): (128, 64, 2, 4, 1, 1)}
 _ROWWISE = Tile(rows=1, cols=1, warps=8)  # kernels that work row by row
+# Tiles of the Hopper forward as (rows, cols, stages, warps), by head dimension: a producer warpgroup and one for every
+# 64 rows. Registers: a lane keeps cols / 2 of S, cols / 4 of P and head_dim / 2 of O, of 240 (160 with three
+# warpgroups).
+_HOPPER_FORWARD = {
+    64: (192, 128, 2, 16),
+    128: (128, 128, 2, 12),
+}
 _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, head_dim_v and packed
     "forward_portable": ("bounded_left", "bounded_right", "softcap", "alibi", "sinks", "dropout", "allow_tf32"),
+    "forward_hopper": ("bounded_left", "bounded_right", "softcap", "alibi", "sinks", "dropout"),
     "backward_portable_dkv": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "allow_tf32"),
     "backward_portable_dq": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "allow_tf32"),
     "backward_prepare": (),
@@ -99,11 +107,28 @@ def check_supported(spec: Spec, path: int) -> None:
 
 
 def kernels_of(spec: Spec, *, backward: bool) -> tuple[str, ...]:
-    """The portable kernels that one call launches, in order."""
+    """The portable kernels that one call launches, in order. (A forward may get a Hopper kernel instead.)"""
     if not backward:
         return ("forward_portable",)
     sinks = ("backward_sinks",) if spec.sinks else ()
     return ("backward_prepare", *sinks, "backward_portable_dkv", "backward_portable_dq")
+
+
+def has_hopper_forward(spec: Spec, path: int) -> bool:
+    """Whether the Hopper kernel serves a forward, as far as the Spec and the code path decide."""
+    return (
+        path == 900
+        and spec.dtype in ("float16", "bfloat16")
+        and spec.head_dim == spec.head_dim_v
+        and spec.head_dim in _HOPPER_FORWARD
+        and not spec.packed
+    )
+
+
+def hopper_tile(spec: Spec) -> Tile:
+    """The tile of the Hopper forward."""
+    rows, cols, stages, warps = _HOPPER_FORWARD[spec.head_dim]
+    return Tile(rows=rows, cols=cols, stages=stages, warps=warps, blocks=1)
 
 
 def portable_tile(kernel: str, spec: Spec, path: int, vector: int) -> Tile:
@@ -126,8 +151,11 @@ def portable_tile(kernel: str, spec: Spec, path: int, vector: int) -> Tile:
 
 
 def shared_bytes(kernel: str, spec: Spec, tile: Tile) -> int:
-    """Dynamic shared memory of a portable kernel, in bytes: the sums at the top of its source."""
+    """Dynamic shared memory of a kernel, in bytes: the sums at the top of its source."""
     element_bytes = 4 if spec.dtype == "float32" else 2
+    if kernel == "forward_hopper":  # tiles without padding, and two barriers for Q and four a stage
+        tiles = tile.rows * spec.head_dim + tile.stages * tile.cols * (spec.head_dim + spec.head_dim_v)
+        return tiles * element_bytes + 16 + 32 * tile.stages
 
     def pitch(dim: int) -> int:  # row_pitch of cuda_src/product.cuh
         step = 16 * tile.split

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash import dropout, tuning
-from cuflash.cuda import jit, toolchain
+from cuflash.cuda import jit, tensor_map, toolchain
 from cuflash.errors import UnsupportedError
 from cuflash.spec import Extras, Problem, Spec, Tile
 
@@ -48,9 +48,40 @@ def forward(problem: Problem, q: Any, k: Any, v: Any, out: Any, lse: Any, extras
     """Write out and lse; the arrays as for cuflash.numpy_backend.forward, on one GPU."""
     tensors = {"q": q, "k": k, "v": v, "out": out}
     with _on_device(q):
+        if _takes_hopper(problem, tensors):
+            _forward_hopper(problem, tensors, lse, extras)
+            return
         (kernel,) = _kernels(tuning.kernels_of(problem.spec, backward=False), problem, tensors)
         params = _params(problem, kernel.tile, tensors, {"lse": lse}, extras)
         _launch(kernel, _q_tiles(problem, kernel.tile) * problem.heads * _grid_batch(problem), params)
+
+
+def _takes_hopper(problem: Problem, tensors: dict[str, Any]) -> bool:
+    """Whether a forward gets the Hopper kernel: its maximum needs a positive scale, its copies aligned rows."""
+    return (
+        tuning.has_hopper_forward(problem.spec, toolchain.device_target(tensors["q"].device.id).path)
+        and problem.scale > 0
+        and all(tensor.size and tensor_map.expressible(tensor) for tensor in tensors.values())
+    )
+
+
+def _forward_hopper(problem: Problem, tensors: dict[str, Any], lse: Any, extras: Extras) -> None:
+    device = tensors["q"].device.id
+    spec = tuning.kernel_spec("forward_hopper", problem.spec)
+    kernel = _kernel("forward_hopper", spec, 16, toolchain.device_target(device), device)
+    params = _params(problem, kernel.tile, tensors, {"lse": lse}, extras)
+    rows = {"q": kernel.tile.rows, "k": kernel.tile.cols, "v": kernel.tile.cols}
+    maps = [tensor_map.tile_map(tensors[name], count) for name, count in rows.items()]
+    blocks = _q_tiles(problem, kernel.tile) * problem.heads * problem.batch
+    # Equal tiles: each multiprocessor loops over its share. Unequal ones: a block each, the longest first, so that a
+    # multiprocessor that is done takes the next.
+    uneven = spec.bounded_left or spec.bounded_right
+    _launch(kernel, blocks if uneven else min(blocks, _multiprocessors(device)), params, *maps)
+
+
+@lru_cache
+def _multiprocessors(device: int) -> int:
+    return toolchain.import_cupy().cuda.Device(device).attributes["MultiProcessorCount"]
 
 
 def backward(
@@ -111,7 +142,10 @@ _LOADED: set[tuple[str, Spec, int, toolchain.Target, int]] = set()
 @lru_cache(maxsize=4096)
 def _kernel(name: str, spec: Spec, vector: int, target: toolchain.Target, device: int) -> _Kernel:
     tuning.check_supported(spec, target.path)
-    tile = tuning.portable_tile(name, spec, target.path, vector)
+    if name == "forward_hopper":
+        tile = tuning.hopper_tile(spec)
+    else:
+        tile = tuning.portable_tile(name, spec, target.path, vector)
     shared_bytes = tuning.shared_bytes(name, spec, tile)
     cupy = toolchain.import_cupy()
     with cupy.cuda.Device(device):  # this may be a thread of its own
@@ -156,9 +190,9 @@ def _kv_tiles(problem: Problem, tile: Tile) -> int:
     return _tiles(problem, problem.kv_len, tile.cols)
 
 
-def _launch(kernel: _Kernel, blocks: int, params: np.ndarray) -> None:
+def _launch(kernel: _Kernel, blocks: int, *arguments: np.ndarray) -> None:
     if blocks:
-        kernel.function((blocks, 1, 1), (32 * kernel.tile.warps, 1, 1), (params,), kernel.shared_bytes)
+        kernel.function((blocks, 1, 1), (32 * kernel.tile.warps, 1, 1), arguments, kernel.shared_bytes)
 
 
 def _params(

@@ -1,0 +1,47 @@
+// Barriers of Hopper kernels, one PTX instruction a wrapper: mbarriers in shared memory between TMA, producer and
+// consumers, named barriers between warpgroups, and the registers that a warpgroup hands over.
+#pragma once
+
+// `arrivals` arrivals complete a phase.
+__device__ __forceinline__ void barrier_init(unsigned int barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+// Barriers initialised by this thread are seen by TMA.
+__device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_arrive(unsigned int barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrive, and let the phase wait for `bytes` from TMA too.
+__device__ __forceinline__ void barrier_expect(unsigned int barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Whether the phase of this parity is complete; waits a while before it says no.
+__device__ __forceinline__ bool barrier_try_wait(unsigned int barrier, unsigned int parity) {
+    unsigned int done;
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
+__device__ __forceinline__ void barrier_wait(unsigned int barrier, unsigned int parity) {
+    while (!barrier_try_wait(barrier, parity)) {
+    }
+}
+
+// Give registers back to, or take them from, the pool of the thread block; a whole warpgroup, one branch a role.
+template <int REGISTERS>
+__device__ __forceinline__ void release_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}

@@ -1,0 +1,330 @@
+// Forward attention for sm_90a with TMA and wgmma: O = softmax(S) V, S = scale Q K^T, and LSE, by online softmax.
+//
+// A thread block works on tiles of TILE.rows queries of one head. Warpgroup 0 produces: one thread issues the copies of
+// Q, K and V tiles. Each other warpgroup owns 64 rows and keeps its part of S, P and O in registers. Within a
+// warpgroup the products of the next scores S_j = Q K_j^T and of O += P_{j-1} V_{j-1} run while the softmax of S_j waits
+// for the first of them alone; between warpgroups one's softmax runs under the other's products.
+#include "barrier.cuh"
+#include "copy.cuh"
+#include "dropout.cuh"
+#include "mask.cuh"
+#include "scores.cuh"
+#include "softmax.cuh"
+#include "tma.cuh"
+#include "wgmma.cuh"
+
+constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
+constexpr int GROUPS = TILE.warps / 4 - 1;  // warpgroups that compute
+constexpr int N = TILE.cols / 8;            // accumulator tiles across S
+constexpr int N_OUT = DV / 8;               // and across O
+constexpr int Q_PANEL = TILE.rows * 128, KV_PANEL = TILE.cols * 128;  // bytes of 64 columns
+constexpr int Q_BYTES = D / 64 * Q_PANEL, K_BYTES = D / 64 * KV_PANEL, V_BYTES = DV / 64 * KV_PANEL;
+constexpr int PRODUCER_REGISTERS = GROUPS == 3 ? 32 : 24, MATH_REGISTERS = GROUPS == 3 ? 160 : 240;
+static_assert(TILE.rows == 64 * GROUPS && D % 64 == 0 && DV % 64 == 0);
+
+// Without softcap and ALiBi S stays as the product gives it, and the scale joins the subtraction of the maximum.
+constexpr bool RAW_SCORES = !SPEC.softcap && !SPEC.alibi;
+// The point that exponentials refer to follows the row maximum only when that grew by a factor 2^8: O is rescaled rarely,
+// and P stays below 2^8. The result does not depend on the point.
+constexpr float RESCALE_THRESHOLD = 8.0f;
+
+// Where everything lies in shared memory.
+struct Layout {
+    unsigned int Q, K, V, barriers;
+
+    __device__ __forceinline__ explicit Layout(unsigned int start)
+        : Q(start), K(Q + Q_BYTES), V(K + TILE.stages * K_BYTES), barriers(V + TILE.stages * V_BYTES) {}
+
+    __device__ __forceinline__ unsigned int Q_full() const { return barriers; }
+    __device__ __forceinline__ unsigned int Q_empty() const { return barriers + 8; }
+    __device__ __forceinline__ unsigned int K_full(int stage) const { return barriers + 16 + 32 * stage; }
+    __device__ __forceinline__ unsigned int K_empty(int stage) const { return barriers + 24 + 32 * stage; }
+    __device__ __forceinline__ unsigned int V_full(int stage) const { return barriers + 32 + 32 * stage; }
+    __device__ __forceinline__ unsigned int V_empty(int stage) const { return barriers + 40 + 32 * stage; }
+};
+
+// A place in a ring of buffers and the parity of its barriers' phase.
+struct Ring {
+    int stage = 0;
+    unsigned int parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        if (++stage == TILE.stages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Registers that asynchronous products wrote or read are not touched before this point.
+template <int TILES>
+__device__ __forceinline__ void pin(float (&d)[TILES][4]) {
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) asm volatile("" : TILE_1(d, i)::"memory");
+}
+
+template <int STEPS>
+__device__ __forceinline__ void pin(unsigned int (&a)[STEPS][4]) {
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
+}
+
+__device__ __forceinline__ TileRange tiles_of_work(const Band& band, int q_first, int q_len) {
+    return band.kv_tiles(q_first, min(q_first + TILE.rows, q_len) - 1);
+}
+
+// One thread: the copies of all work, in the order the consumers need them.
+__device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map, const TensorMap& K_map,
+                                        const TensorMap& V_map, const Layout& smem, int blocks) {
+    Ring ring;
+    unsigned int q_parity = 0;
+    for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
+        const Work work = find_work<TILE.rows, false>(p, block, p.q_tiles, p.heads);
+        const int q_first = work.tile * TILE.rows, kv_head = work.head / p.group, batch = work.sequence.batch;
+        const TileRange tiles = tiles_of_work(Band(p, work.sequence), q_first, work.sequence.q_len);
+        if (tiles.first == tiles.last) continue;
+
+        barrier_wait(smem.Q_empty(), q_parity ^ 1);
+        barrier_expect(smem.Q_full(), Q_BYTES);
+        load_tile_tma(smem.Q, Q_map, smem.Q_full(), q_first, work.head, batch, EVICT_FIRST);
+        q_parity ^= 1;
+        for (int tile = tiles.first; tile < tiles.last; ++tile) {
+            const int stage = ring.stage, kv_first = tile * TILE.cols;
+            barrier_wait(smem.K_empty(stage), ring.parity ^ 1);
+            barrier_expect(smem.K_full(stage), K_BYTES);
+            load_tile_tma(smem.K + stage * K_BYTES, K_map, smem.K_full(stage), kv_first, kv_head, batch, EVICT_LAST);
+            barrier_wait(smem.V_empty(stage), ring.parity ^ 1);
+            barrier_expect(smem.V_full(stage), V_BYTES);
+            load_tile_tma(smem.V + stage * V_BYTES, V_map, smem.V_full(stage), kv_first, kv_head, batch, EVICT_LAST);
+            ring.advance();
+        }
+    }
+}
+
+// The state of the online softmax of this lane's two rows, and one step of it.
+struct Softmax {
+    float m[2] = {MINUS_INFINITY, MINUS_INFINITY};  // the point exponentials refer to, in the units of S
+    float l[2] = {0.0f, 0.0f};                      // row sums of P, this lane's columns
+    float factor;                                   // from the units of S to log2
+
+    // S becomes P = 2^(factor (S - m)). Returns whether some row of the warp moved its m; O must then be multiplied by
+    // `rescale`.
+    __device__ __forceinline__ bool step(float (&S)[N][4], float (&rescale)[2]) {
+        float largest[2];
+        bool grown = false;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float x = m[half];
+#pragma unroll
+            for (int n = 0; n < N; ++n) x = fmaxf(x, fmaxf(S[n][2 * half], S[n][2 * half + 1]));
+            x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 1));
+            largest[half] = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 2));
+            grown |= (largest[half] - m[half]) * factor > RESCALE_THRESHOLD;
+        }
+        const bool moved = __any_sync(0xFFFFFFFF, grown);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if (moved) {
+                const float reference = largest[half] == MINUS_INFINITY ? 0.0f : largest[half];
+                rescale[half] = exp2_approximate((m[half] - reference) * factor);
+                l[half] *= rescale[half];
+                m[half] = largest[half];
+            }
+            const float offset = m[half] == MINUS_INFINITY ? 0.0f : m[half] * factor;
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+#pragma unroll
+                for (int r = 2 * half; r < 2 * half + 2; ++r) {
+                    S[n][r] = exp2_approximate(fmaf(S[n][r], factor, -offset));
+                    l[half] += S[n][r];
+                }
+            }
+        }
+        return moved;
+    }
+};
+
+// Softcap, ALiBi and mask of a tile of scores of one warp.
+__device__ __forceinline__ void finish_scores(float (&S)[N][4], const Scores& scores, const Band& band, int q_first,
+                                              int kv_first, int warp_row) {
+    const bool cut = band.cuts(q_first, 64, kv_first, TILE.cols);
+    if (RAW_SCORES && !cut) return;
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const int q_index = q_first + warp_row + lane / 4 + r / 2 * 8;
+            const int kv_index = kv_first + 8 * n + lane % 4 * 2 + r % 2;
+            float derivative;
+            if constexpr (!RAW_SCORES) S[n][r] = scores.exponent(S[n][r], q_index, kv_index, derivative);
+            if (cut && !band.allows(q_index, kv_index)) S[n][r] = MINUS_INFINITY;
+        }
+    }
+}
+
+// P rounded to the operand of the next product, dropped elements 0.
+__device__ __forceinline__ void pack_probabilities(unsigned int (&P)[N / 2][4], float (&S)[N][4],
+                                                   const Dropout& dropout, int q_row, int kv_first) {
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+        if constexpr (SPEC.dropout) {
+            float factors[2][4];
+            dropout.factors(factors, q_row, kv_first + 8 * n);
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                S[n][r] *= factors[0][r];
+                S[n + 1][r] *= factors[1][r];
+            }
+        }
+        P[n / 2][0] = pack(S[n][0], S[n][1]);
+        P[n / 2][1] = pack(S[n][2], S[n][3]);
+        P[n / 2][2] = pack(S[n + 1][0], S[n + 1][1]);
+        P[n / 2][3] = pack(S[n + 1][2], S[n + 1][3]);
+    }
+}
+
+// S = Q K^T  [64, cols], asynchronous.
+__device__ __forceinline__ void issue_scores(float (&S)[N][4], unsigned int Q_smem, unsigned int K_smem) {
+    const unsigned long long Q = tile_descriptor(Q_smem, 16), K = tile_descriptor(K_smem, 16);
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+        const int in_panel = step % 4 * 2;  // 32 bytes
+        wgmma_ss(S, Q + step / 4 * (Q_PANEL / 16) + in_panel, K + step / 4 * (KV_PANEL / 16) + in_panel, step > 0);
+    }
+    wgmma_commit();
+}
+
+// O += P V  [64, head_dim_v], asynchronous.
+__device__ __forceinline__ void issue_output(float (&O)[N_OUT][4], unsigned int (&P)[N / 2][4], unsigned int V_smem,
+                                             bool add) {
+    const unsigned long long V = tile_descriptor(V_smem, KV_PANEL);
+#pragma unroll
+    for (int step = 0; step < TILE.cols / 16; ++step) wgmma_rs(O, P[step], V + step * 128, add || step > 0);
+    wgmma_commit();
+}
+
+// One warpgroup: 64 rows of every tile of work.
+__device__ __forceinline__ void attend(const Params& p, const Layout& smem, int blocks, int warpgroup) {
+    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 % 4 * 16;
+    const unsigned int Q_smem = smem.Q + warpgroup * 64 * 128;
+    Ring ring;
+    unsigned int q_parity = 0;
+    for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
+        const Work work = find_work<TILE.rows, false>(p, block, p.q_tiles, p.heads);
+        const Sequence& sequence = work.sequence;
+        const int q_tile = work.tile * TILE.rows, q_first = q_tile + warpgroup * 64, head = work.head;
+        const Band band(p, sequence);
+        const TileRange tiles = tiles_of_work(band, q_tile, sequence.q_len);
+        const Scores scores(p, sequence.index, head, band.offset);
+        const Dropout dropout(p, sequence.index, head);
+        Softmax softmax;
+        softmax.factor = RAW_SCORES ? scores.factor : 1.0f;
+        float O[N_OUT][4];
+        if (tiles.first < tiles.last) {
+            float S[N][4];
+            unsigned int P[N / 2][4];
+            float rescale[2];
+            barrier_wait(smem.Q_full(), q_parity);
+            q_parity ^= 1;
+
+            // S_0
+            barrier_wait(smem.K_full(ring.stage), ring.parity);
+            wgmma_fence();
+            issue_scores(S, Q_smem, smem.K + ring.stage * K_BYTES);
+            wgmma_wait<0>();
+            pin(S);
+            if (lane == 0) barrier_arrive(smem.K_empty(ring.stage));
+            finish_scores(S, scores, band, q_first, tiles.first * TILE.cols, warp_row);
+            softmax.step(S, rescale);
+            pack_probabilities(P, S, dropout, q_first + warp_row, tiles.first * TILE.cols);
+
+#pragma unroll 1
+            for (int tile = tiles.first + 1; tile < tiles.last; ++tile) {
+                const Ring previous = ring;
+                ring.advance();
+                barrier_wait(smem.K_full(ring.stage), ring.parity);
+                wgmma_fence();
+                issue_scores(S, Q_smem, smem.K + ring.stage * K_BYTES);
+                barrier_wait(smem.V_full(previous.stage), previous.parity);
+                issue_output(O, P, smem.V + previous.stage * V_BYTES, tile > tiles.first + 1);
+                wgmma_wait<1>();
+                pin(S);
+                if (lane == 0) barrier_arrive(smem.K_empty(ring.stage));
+                finish_scores(S, scores, band, q_first, tile * TILE.cols, warp_row);
+                const bool moved = softmax.step(S, rescale);
+                wgmma_wait<0>();
+                pin(O);
+                pin(P);
+                if (lane == 0) barrier_arrive(smem.V_empty(previous.stage));
+                if (moved) {
+#pragma unroll
+                    for (int n = 0; n < N_OUT; ++n) {
+#pragma unroll
+                        for (int r = 0; r < 4; ++r) O[n][r] *= rescale[r / 2];
+                    }
+                }
+                pack_probabilities(P, S, dropout, q_first + warp_row, tile * TILE.cols);
+            }
+            if (lane == 0) barrier_arrive(smem.Q_empty());
+
+            barrier_wait(smem.V_full(ring.stage), ring.parity);
+            wgmma_fence();
+            issue_output(O, P, smem.V + ring.stage * V_BYTES, tiles.last - tiles.first > 1);
+            wgmma_wait<0>();
+            pin(O);
+            pin(P);
+            if (lane == 0) barrier_arrive(smem.V_empty(ring.stage));
+            ring.advance();
+        } else {
+#pragma unroll
+            for (int n = 0; n < N_OUT; ++n) {
+#pragma unroll
+                for (int r = 0; r < 4; ++r) O[n][r] = 0.0f;
+            }
+        }
+
+        // O / l and LSE
+        const int rows = sequence.q_len - q_first - warp_row;  // that exist, of this warp's 16 and those below
+        const long long row = sequence.q_start + q_first + warp_row;
+        float* lse_gmem = statistic_rows(p.lse, sequence.batch, row, head);
+        float scale[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float lse;
+            scale[half] = finish_row(p, sequence, head, softmax.m[half] * softmax.factor, softmax.l[half], lse);
+            const int i = lane / 4 + 8 * half;
+            if (lane % 4 == 0 && i < rows) lse_gmem[i] = lse;
+        }
+        store_accumulators<DV>(head_rows(p.out, sequence.batch, row, head), p.out.row_stride, rows, 0, O, scale, false);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    forward_hopper(const __grid_constant__ Params p, const __grid_constant__ TensorMap Q_map,
+                   const __grid_constant__ TensorMap K_map, const __grid_constant__ TensorMap V_map) {
+    extern __shared__ __align__(1024) unsigned char smem_start[];
+    const Layout smem(shared_address(smem_start));
+    const int blocks = p.q_tiles * p.heads * p.batch;
+    if (threadIdx.x == 0) {
+        barrier_init(smem.Q_full(), 1);
+        barrier_init(smem.Q_empty(), 4 * GROUPS);
+        for (int stage = 0; stage < TILE.stages; ++stage) {
+            barrier_init(smem.K_full(stage), 1);
+            barrier_init(smem.K_empty(stage), 4 * GROUPS);
+            barrier_init(smem.V_full(stage), 1);
+            barrier_init(smem.V_empty(stage), 4 * GROUPS);
+        }
+        fence_barrier_init();
+    }
+    __syncthreads();
+
+    const int warpgroup = threadIdx.x / 128;
+    if (warpgroup == 0) {
+        release_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0) produce(p, Q_map, K_map, V_map, smem, blocks);
+    } else {
+        take_registers<MATH_REGISTERS>();
+        attend(p, smem, blocks, warpgroup - 1);
+    }
+}

@@ -1,0 +1,26 @@
+// Bulk tensor copies of Hopper, one PTX instruction a wrapper. Tensors are described by maps that the host encodes
+// (cuflash/cuda/tensor_map.py): [batch, heads, dim / 64, len, 64], so that one copy loads a tile as panels of 64
+// elements, each row 128 bytes, swizzled by 128 bytes; rows beyond the tensor become zeros.
+#pragma once
+
+struct alignas(64) TensorMap {
+    unsigned char opaque[128];
+};
+
+__device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// How long L2 keeps what a copy reads; the encodings of createpolicy with fraction 1.
+constexpr unsigned long long EVICT_FIRST = 0x12F0000000000000ull;
+constexpr unsigned long long EVICT_LAST = 0x14F0000000000000ull;
+
+// X_smem = the tile at row `row` of one head; `barrier` counts the bytes.
+__device__ __forceinline__ void load_tile_tma(unsigned int X_smem, const TensorMap& map, unsigned int barrier, int row,
+                                              int head, int batch, unsigned long long policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%3, %4, %3, %5, %6}], [%2], %7;" ::"r"(X_smem),
+        "l"(&map), "r"(barrier), "r"(0), "r"(row), "r"(head), "r"(batch), "l"(policy)
+        : "memory");
+}
