@@ -13,7 +13,8 @@ constexpr int SLICE = padded_dim(D) / TILE.split;
 constexpr int Q_BYTES = TILE.rows * row_pitch(D), DO_BYTES = TILE.rows * row_pitch(DV);
 constexpr int K_BYTES = TILE.cols * row_pitch(D), V_BYTES = TILE.cols * row_pitch(DV);
 
-extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) backward_portable_dq(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks)
+    backward_portable_dq(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) unsigned char smem[];
     const unsigned int Q_smem = shared_address(smem);
     const unsigned int dO_smem = Q_smem + Q_BYTES;
@@ -108,6 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) backward_port
         // dQ += dS K  [rows, head_dim]
         multiply_nn<D>(dQ, dP, K_smem + first_col * ELEMENT_BYTES);
     }
+    copy_async_commit();
     copy_async_wait<0>();
 
 #pragma unroll

@@ -8,7 +8,9 @@ __device__ __forceinline__ void barrier_init(unsigned int barrier, int arrivals)
 }
 
 // Barriers initialised by this thread are seen by TMA.
-__device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void fence_barrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 __device__ __forceinline__ void barrier_arrive(unsigned int barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -22,11 +24,10 @@ __device__ __forceinline__ void barrier_expect(unsigned int barrier, int bytes) 
 // Whether the phase of this parity is complete; waits a while before it says no.
 __device__ __forceinline__ bool barrier_try_wait(unsigned int barrier, unsigned int parity) {
     unsigned int done;
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
     return done != 0;
 }
 

@@ -1,4 +1,5 @@
-// Tiles from global to shared memory: asynchronous on sm_80 and newer, through registers on sm_75.
+// Tiles from global to shared memory, asynchronous on sm_80 and newer, through registers on sm_75; and accumulators
+// from registers to global memory.
 #pragma once
 #include "params.cuh"
 #include "product.cuh"

@@ -2,8 +2,8 @@
 //
 // A thread block works on tiles of TILE.rows queries of one head. Warpgroup 0 produces: one thread issues the copies of
 // Q, K and V tiles. Each other warpgroup owns 64 rows and keeps its part of S, P and O in registers. Within a
-// warpgroup the products of the next scores S_j = Q K_j^T and of O += P_{j-1} V_{j-1} run while the softmax of S_j waits
-// for the first of them alone; between warpgroups one's softmax runs under the other's products.
+// warpgroup the products of the next scores S_j = Q K_j^T and of O += P_{j-1} V_{j-1} run while the softmax of S_j
+// waits for the first of them alone; between warpgroups one's softmax runs under the other's products.
 #include "barrier.cuh"
 #include "copy.cuh"
 #include "dropout.cuh"
@@ -14,19 +14,21 @@
 #include "wgmma.cuh"
 
 constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
-constexpr int GROUPS = TILE.warps / 4 - 1;  // warpgroups that compute
-constexpr int N = TILE.cols / 8;            // accumulator tiles across S
-constexpr int N_OUT = DV / 8;               // and across O
+constexpr int GROUPS = TILE.warps / 4 - 1;                            // warpgroups that compute
+constexpr int N = TILE.cols / 8;                                      // accumulator tiles across S
+constexpr int N_OUT = DV / 8;                                         // and across O
 constexpr int Q_PANEL = TILE.rows * 128, KV_PANEL = TILE.cols * 128;  // bytes of 64 columns
 constexpr int Q_BYTES = D / 64 * Q_PANEL, K_BYTES = D / 64 * KV_PANEL, V_BYTES = DV / 64 * KV_PANEL;
 constexpr int PRODUCER_REGISTERS = GROUPS == 3 ? 32 : 24, MATH_REGISTERS = GROUPS == 3 ? 160 : 240;
+static_assert(!SPEC.dropout || TILE.p_sets == 1);
 static_assert(TILE.rows == 64 * GROUPS && D % 64 == 0 && DV % 64 == 0);
 
 // Without softcap and ALiBi S stays as the product gives it, and the scale joins the subtraction of the maximum.
 constexpr bool RAW_SCORES = !SPEC.softcap && !SPEC.alibi;
-// The point that exponentials refer to follows the row maximum only when that grew by a factor 2^8: O is rescaled rarely,
-// and P stays below 2^8. The result does not depend on the point.
+// How far (in log2) scores may grow past m before m follows: P stays below 2^8.
 constexpr float RESCALE_THRESHOLD = 8.0f;
+// The largest sum of a lane's part of a row of P for which P counts as in range (also of float16).
+constexpr float LARGEST_SUM = 4096.0f;
 
 // Where everything lies in shared memory.
 struct Layout {
@@ -66,7 +68,8 @@ __device__ __forceinline__ void pin(float (&d)[TILES][4]) {
 template <int STEPS>
 __device__ __forceinline__ void pin(unsigned int (&a)[STEPS][4]) {
 #pragma unroll
-    for (int i = 0; i < STEPS; ++i) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
+    for (int i = 0; i < STEPS; ++i)
+        asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
 }
 
 __device__ __forceinline__ TileRange tiles_of_work(const Band& band, int q_first, int q_len) {
@@ -101,15 +104,18 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map,
     }
 }
 
-// The state of the online softmax of this lane's two rows, and one step of it.
+// The state of the online softmax of this lane's two rows.
+//
+// A step is right whatever point m the exponentials refer to, as long as P stays in range. So m need not follow the row
+// maximum, and O is rarely rescaled.
 struct Softmax {
     float m[2] = {MINUS_INFINITY, MINUS_INFINITY};  // the point exponentials refer to, in the units of S
     float l[2] = {0.0f, 0.0f};                      // row sums of P, this lane's columns
     float factor;                                   // from the units of S to log2
 
-    // S becomes P = 2^(factor (S - m)). Returns whether some row of the warp moved its m; O must then be multiplied by
-    // `rescale`.
-    __device__ __forceinline__ bool step(float (&S)[N][4], float (&rescale)[2]) {
+    // Move m to the row maximum if for some row of the warp it is `threshold` (in log2) below. Then O must be
+    // multiplied by `rescale`.
+    __device__ __forceinline__ bool follow(const float (&S)[N][4], float threshold, float (&rescale)[2]) {
         float largest[2];
         bool grown = false;
 #pragma unroll
@@ -119,28 +125,48 @@ struct Softmax {
             for (int n = 0; n < N; ++n) x = fmaxf(x, fmaxf(S[n][2 * half], S[n][2 * half + 1]));
             x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 1));
             largest[half] = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 2));
-            grown |= (largest[half] - m[half]) * factor > RESCALE_THRESHOLD;
+            grown |= (largest[half] - m[half]) * factor > threshold;
         }
         const bool moved = __any_sync(0xFFFFFFFF, grown);
+        if (moved) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if (moved) {
+            for (int half = 0; half < 2; ++half) {
                 const float reference = largest[half] == MINUS_INFINITY ? 0.0f : largest[half];
                 rescale[half] = exp2_approximate((m[half] - reference) * factor);
                 l[half] *= rescale[half];
                 m[half] = largest[half];
             }
-            const float offset = m[half] == MINUS_INFINITY ? 0.0f : m[half] * factor;
-#pragma unroll
-            for (int n = 0; n < N; ++n) {
-#pragma unroll
-                for (int r = 2 * half; r < 2 * half + 2; ++r) {
-                    S[n][r] = exp2_approximate(fmaf(S[n][r], factor, -offset));
-                    l[half] += S[n][r];
-                }
-            }
         }
         return moved;
+    }
+
+    // P = 2^(factor (S - m)) and this lane's row sums, four neighbours at a time: `use(n, p)` takes accumulator tile n.
+    template <typename Use>
+    __device__ __forceinline__ void exponentials(const float (&S)[N][4], float (&sum)[2], Use use) const {
+        const float offset[2] = {m[0] == MINUS_INFINITY ? 0.0f : m[0] * factor,
+                                 m[1] == MINUS_INFINITY ? 0.0f : m[1] * factor};
+        sum[0] = sum[1] = 0.0f;
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            float p[4];
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                p[r] = exp2_approximate(fmaf(S[n][r], factor, -offset[r / 2]));
+                sum[r / 2] += p[r];
+            }
+            use(n, p);
+        }
+    }
+
+    // Whether exponentials with these sums are in range in every row of the warp. (NaN counts as out of range.)
+    __device__ __forceinline__ bool in_range(const float (&sum)[2]) const {
+        const bool fits = sum[0] < LARGEST_SUM && sum[1] < LARGEST_SUM;
+        return __all_sync(0xFFFFFFFF, fits && m[0] > MINUS_INFINITY && m[1] > MINUS_INFINITY);
+    }
+
+    __device__ __forceinline__ void add(const float (&sum)[2]) {
+        l[0] += sum[0];
+        l[1] += sum[1];
     }
 };
 
@@ -163,9 +189,15 @@ __device__ __forceinline__ void finish_scores(float (&S)[N][4], const Scores& sc
     }
 }
 
-// P rounded to the operand of the next product, dropped elements 0.
-__device__ __forceinline__ void pack_probabilities(unsigned int (&P)[N / 2][4], float (&S)[N][4],
-                                                   const Dropout& dropout, int q_row, int kv_first) {
+// One accumulator tile of P, rounded to its place in the left operand of the next product.
+__device__ __forceinline__ void pack_tile(unsigned int (&P)[N / 2][4], int n, const float (&p)[4]) {
+    P[n / 2][n % 2 * 2] = pack(p[0], p[1]);
+    P[n / 2][n % 2 * 2 + 1] = pack(p[2], p[3]);
+}
+
+// All of P, which stands in S; dropped elements become 0.
+__device__ __forceinline__ void pack_all(unsigned int (&P)[N / 2][4], float (&S)[N][4], const Dropout& dropout,
+                                         int q_row, int kv_first) {
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
         if constexpr (SPEC.dropout) {
@@ -177,10 +209,8 @@ __device__ __forceinline__ void pack_probabilities(unsigned int (&P)[N / 2][4], 
                 S[n + 1][r] *= factors[1][r];
             }
         }
-        P[n / 2][0] = pack(S[n][0], S[n][1]);
-        P[n / 2][1] = pack(S[n][2], S[n][3]);
-        P[n / 2][2] = pack(S[n + 1][0], S[n + 1][1]);
-        P[n / 2][3] = pack(S[n + 1][2], S[n + 1][3]);
+        pack_tile(P, n, S[n]);
+        pack_tile(P, n + 1, S[n + 1]);
     }
 }
 
@@ -223,12 +253,18 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
         float O[N_OUT][4];
         if (tiles.first < tiles.last) {
             float S[N][4];
-            unsigned int P[N / 2][4];
-            float rescale[2];
+            // P of tiles first, first + 2, ... and of those between; one set of registers for both if TILE.p_sets is 1
+            unsigned int P_even[N / 2][4], P_other[N / 2][4];
+            auto in_place = [&](int n, const float (&p)[4]) {
+#pragma unroll
+                for (int r = 0; r < 4; ++r) S[n][r] = p[r];
+            };
+            auto& P_odd = TILE.p_sets == 2 ? P_other : P_even;
+            float rescale[2], sum[2];
             barrier_wait(smem.Q_full(), q_parity);
             q_parity ^= 1;
 
-            // S_0
+            // P_first
             barrier_wait(smem.K_full(ring.stage), ring.parity);
             wgmma_fence();
             issue_scores(S, Q_smem, smem.K + ring.stage * K_BYTES);
@@ -236,26 +272,42 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
             pin(S);
             if (lane == 0) barrier_arrive(smem.K_empty(ring.stage));
             finish_scores(S, scores, band, q_first, tiles.first * TILE.cols, warp_row);
-            softmax.step(S, rescale);
-            pack_probabilities(P, S, dropout, q_first + warp_row, tiles.first * TILE.cols);
+            softmax.follow(S, 0.0f, rescale);
+            softmax.exponentials(S, sum, in_place);
+            softmax.add(sum);
+            pack_all(P_even, S, dropout, q_first + warp_row, tiles.first * TILE.cols);
 
-#pragma unroll 1
-            for (int tile = tiles.first + 1; tile < tiles.last; ++tile) {
+            // P_tile, while O += P_{tile - 1} V_{tile - 1}
+            auto advance = [&](int tile, unsigned int (&P_previous)[N / 2][4], unsigned int (&P)[N / 2][4]) {
                 const Ring previous = ring;
                 ring.advance();
                 barrier_wait(smem.K_full(ring.stage), ring.parity);
                 wgmma_fence();
                 issue_scores(S, Q_smem, smem.K + ring.stage * K_BYTES);
                 barrier_wait(smem.V_full(previous.stage), previous.parity);
-                issue_output(O, P, smem.V + previous.stage * V_BYTES, tile > tiles.first + 1);
+                issue_output(O, P_previous, smem.V + previous.stage * V_BYTES, tile > tiles.first + 1);
                 wgmma_wait<1>();
                 pin(S);
                 if (lane == 0) barrier_arrive(smem.K_empty(ring.stage));
                 finish_scores(S, scores, band, q_first, tile * TILE.cols, warp_row);
-                const bool moved = softmax.step(S, rescale);
+                bool moved = false;
+                if constexpr (TILE.p_sets == 2) {
+                    // Another set of registers takes P while the product reads the previous one, so S is still there if
+                    // the exponentials turn out to need a new m: in the steady state nobody looks for the maximum.
+                    auto into_P = [&](int n, const float (&p)[4]) { pack_tile(P, n, p); };
+                    softmax.exponentials(S, sum, into_P);
+                    if (!softmax.in_range(sum)) {
+                        moved = softmax.follow(S, 0.0f, rescale);
+                        softmax.exponentials(S, sum, into_P);
+                    }
+                } else {
+                    moved = softmax.follow(S, RESCALE_THRESHOLD, rescale);
+                    softmax.exponentials(S, sum, in_place);
+                }
+                softmax.add(sum);
                 wgmma_wait<0>();
                 pin(O);
-                pin(P);
+                pin(P_previous);
                 if (lane == 0) barrier_arrive(smem.V_empty(previous.stage));
                 if (moved) {
 #pragma unroll
@@ -264,16 +316,34 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
                         for (int r = 0; r < 4; ++r) O[n][r] *= rescale[r / 2];
                     }
                 }
-                pack_probabilities(P, S, dropout, q_first + warp_row, tile * TILE.cols);
+                if constexpr (TILE.p_sets == 1) {
+                    pack_all(P, S, dropout, q_first + warp_row, tile * TILE.cols);
+                }
+            };
+            int tile = tiles.first + 1;
+#pragma unroll 1
+            for (; tile + 1 < tiles.last; tile += 2) {
+                advance(tile, P_even, P_odd);
+                advance(tile + 1, P_odd, P_even);
             }
+            const bool one_more = tile < tiles.last;
+            if (one_more) advance(tile, P_even, P_odd);
             if (lane == 0) barrier_arrive(smem.Q_empty());
 
+            // The last O += P V
             barrier_wait(smem.V_full(ring.stage), ring.parity);
             wgmma_fence();
-            issue_output(O, P, smem.V + ring.stage * V_BYTES, tiles.last - tiles.first > 1);
-            wgmma_wait<0>();
-            pin(O);
-            pin(P);
+            if (one_more) {
+                issue_output(O, P_odd, smem.V + ring.stage * V_BYTES, true);
+                wgmma_wait<0>();
+                pin(O);
+                pin(P_odd);
+            } else {
+                issue_output(O, P_even, smem.V + ring.stage * V_BYTES, tiles.last - tiles.first > 1);
+                wgmma_wait<0>();
+                pin(O);
+                pin(P_even);
+            }
             if (lane == 0) barrier_arrive(smem.V_empty(ring.stage));
             ring.advance();
         } else {

@@ -1,5 +1,5 @@
 // Forward attention with mma.sync: O = softmax(S) V, S = scale Q K^T, and LSE, by online softmax over tiles of keys.
-// One thread block a tile of queries of one head; each warp owns TILE.rows / TILE.warps rows and keeps its part of
+// One thread block a tile of queries of one head; each warp owns WARP_ROWS of its rows and keeps its part of
 // S, P and O in registers. K and V tiles stream through a ring of TILE.stages buffers. TILE.split warps share rows:
 // each computes the same P and keeps its slice of O.
 #include "copy.cuh"
@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) forward_porta
     const Scores scores(p, sequence.index, head, band.offset);
     const Dropout dropout(p, sequence.index, head);
     float O[M][N_OUT][4] = {};  // [rows, head_dim_v]
-    float m[M][2], l[M][2];     // running row maximum of S (times log2 e) and row sum of 2^(S - m), this lane's columns
+    float m[M][2], l[M][2];     // running row maximum of S (times UNIT) and row sum of e^(S - m), this lane's columns
 #pragma unroll
     for (int i = 0; i < M; ++i) {
         m[i][0] = m[i][1] = MINUS_INFINITY;
@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) forward_porta
         float S[M][N][4] = {};
         multiply_nt<D>(S, Q_smem + warp_row * row_pitch(D), K_smem);
 
-        // Scale, softcap, ALiBi and mask; S is in units of log2 from here on.
+        // Scale, softcap, ALiBi and mask; S is times UNIT from here on.
         const bool cut = band.cuts(q_first, TILE.rows, kv_first, TILE.cols);
 #pragma unroll
         for (int i = 0; i < M; ++i) {
@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) forward_porta
             }
         }
 
-        // P = 2^(S - m) with the new maximum; O and l follow it.
+        // P = e^(S - m) with the new maximum; O and l follow it.
 #pragma unroll
         for (int i = 0; i < M; ++i) {
 #pragma unroll
@@ -106,15 +106,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) forward_porta
                 m_new = fmaxf(m_new, __shfl_xor_sync(0xFFFFFFFF, m_new, 1));
                 m_new = fmaxf(m_new, __shfl_xor_sync(0xFFFFFFFF, m_new, 2));
                 const float reference =
-                    m_new == MINUS_INFINITY ? 0.0f : m_new;  // a row with no keys yet: 2^(-inf - 0) = 0
-                const float rescale = exp2_approximate(m[i][half] - reference);
+                    m_new == MINUS_INFINITY ? 0.0f : m_new;  // a row with no keys yet: e^(-inf - 0) = 0
+                const float rescale = exponential(m[i][half] - reference);
                 m[i][half] = m_new;
                 l[i][half] *= rescale;
 #pragma unroll
                 for (int n = 0; n < N; ++n) {
 #pragma unroll
                     for (int r = 2 * half; r < 2 * half + 2; ++r) {
-                        S[i][n][r] = exp2_approximate(S[i][n][r] - reference);
+                        S[i][n][r] = exponential(S[i][n][r] - reference);
                         l[i][half] += S[i][n][r];
                     }
                 }
@@ -144,6 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) forward_porta
         // O += P V  [rows, head_dim_v]
         multiply_nn<DV>(O, S, V_smem + first_col * ELEMENT_BYTES);
     }
+    copy_async_commit();
     copy_async_wait<0>();
 
     // O / l and LSE; exp(sink) joins the denominator.

@@ -17,7 +17,8 @@ constexpr int STEPS_UNROLLED = IS_FLOAT32 ? 1 : 4;  // more only makes the code 
 __device__ constexpr int padded_dim(int dim) { return round_up(dim, 16 * TILE.split); }
 __device__ constexpr int row_pitch(int dim) { return padded_dim(dim) * ELEMENT_BYTES + 16; }
 
-// An operand of one step: for float32 split into TF32 terms, x = hi + lo.
+// An operand of one step: for float32 split into two TF32 terms, x = hi + lo, which keep 23 of its 24 bits. (An
+// infinity becomes NaN: inf - inf.)
 template <int REGISTERS>
 struct Fragment {
     unsigned int hi[REGISTERS];
@@ -34,8 +35,8 @@ struct Fragment {
     }
 };
 
-// acc [16, 8] += A [16, K_STEP] B [K_STEP, 8]. With float32 the product of the two low terms counts (WITH_LOW_LOW) where
-// both operands are inputs: S of a large score must be right to its last bit.
+// acc [16, 8] += A [16, K_STEP] B [K_STEP, 8]. With float32 the product of the two low terms counts (WITH_LOW_LOW)
+// where both operands are inputs: S of a large score must be right to its last bit.
 template <bool WITH_LOW_LOW>
 __device__ __forceinline__ void multiply_add(float (&acc)[4], const Fragment<4>& a, const Fragment<2>& b) {
     if constexpr (SPEC.dtype == Dtype::bfloat16) {

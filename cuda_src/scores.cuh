@@ -13,33 +13,44 @@ __device__ __forceinline__ float exp2_approximate(float x) {
     return y;
 }
 
-// tanh to float32 accuracy for float32, to an absolute error of 1e-7 for 16-bit types.
+// tanh: to the last bits for float32, to a relative error of 1e-6 for 16-bit types (near 0 by its series, where the
+// quotient cancels).
 __device__ __forceinline__ float tanh_of(float x) {
     if constexpr (SPEC.dtype == Dtype::float32) {
         return tanhf(x);
     } else {
-        return 1.0f - __fdividef(2.0f, 1.0f + exp2_approximate(x * (2.0f * LOG2_E)));
+        const float square = x * x;
+        const float series = x * (1.0f - square * (0.33333333f - square * (0.13333333f - square * 0.053968254f)));
+        const float quotient = 1.0f - __fdividef(2.0f, 1.0f + exp2_approximate(x * (2.0f * LOG2_E)));
+        return fabsf(x) < 0.15f ? series : quotient;
     }
 }
 
+// Scores are kept times UNIT: log2(e) for 16-bit types, which saves a multiplication in the exponential, and 1 for
+// float32, whose roundings then are those of the plain formula.
+constexpr float UNIT = SPEC.dtype == Dtype::float32 ? 1.0f : LOG2_E;
+
+// e^(x / UNIT)
+__device__ __forceinline__ float exponential(float x) { return exp2_approximate(x * (LOG2_E / UNIT)); }
+
 struct Scores {
-    float factor;  // log2(e) scale, or with softcap: scale / softcap
-    float cap;     // log2(e) softcap
-    float slope;   // log2(e) ALiBi slope of the head
+    float factor;  // UNIT scale, or with softcap: scale / softcap
+    float cap;     // UNIT softcap
+    float slope;   // UNIT ALiBi slope of the head
     int offset;    // q_pos - q_index
 
     __device__ __forceinline__ Scores(const Params& p, int sequence, int head, int position_offset)
-        : factor(SPEC.softcap ? p.scale / p.softcap : p.scale * LOG2_E),
-          cap(p.softcap * LOG2_E),
+        : factor(SPEC.softcap ? p.scale / p.softcap : p.scale * UNIT),
+          cap(p.softcap * UNIT),
           slope(0.0f),
           offset(position_offset) {
-        if constexpr (SPEC.alibi) {
+        if (SPEC.alibi && sequence < p.batch) {  // the rows outside of all sequences have no slope
             const long long index = sequence * p.alibi_batch_stride + head * p.alibi_head_stride;
-            slope = LOG2_E * load_scalar(p.alibi_slopes, index, p.alibi_float32);
+            slope = UNIT * load_scalar(p.alibi_slopes, index, p.alibi_float32);
         }
     }
 
-    // log2(e) S from q.k; `derivative` becomes d S / d (scale q.k).
+    // UNIT S from q.k; `derivative` becomes d S / d (scale q.k).
     __device__ __forceinline__ float exponent(float product, int q_index, int kv_index, float& derivative) const {
         float s;
         if constexpr (SPEC.softcap) {  // c tanh(s / c)

@@ -26,6 +26,7 @@ struct Tile {
     int warps;
     int split;   // warps that share rows and divide the head dimension of the accumulators
     int blocks;  // thread blocks that must fit on a multiprocessor: bounds the registers; 0 leaves it to the compiler
+    int p_sets;  // register sets of P in the Hopper forward: with two the steady state needs no row maximum
     int vector;  // bytes one copy instruction moves: 16, or the size of an element where alignment allows no more
 };
 

@@ -1,5 +1,6 @@
 // Warpgroup products of Hopper (wgmma), one PTX instruction a wrapper, and the descriptors of their shared operands.
-// D [64, N] += A [64, 16] B [16, N]: warp w of the group holds rows 16 w to 16 w + 15 of D as mma.sync's m16n8 tiles do.
+// D [64, N] += A [64, 16] B [16, N]: warp w of the group holds rows 16 w to 16 w + 15 of D as mma.sync's m16n8 tiles
+// do.
 #pragma once
 
 #include "spec.cuh"
@@ -23,9 +24,9 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // Descriptor of a tile of 128-byte rows swizzled by 128 bytes: address, leading and stride byte offsets in units of 16.
-// K-major operands (rows are the contraction's contiguous axis): the stride offset is 8 rows, the leading one unused, 16
-// more of the contraction are 32 bytes further. MN-major operands: the leading offset is the next panel of 64 columns, 16
-// more of the contraction are 16 rows, 2048 bytes, further.
+// K-major operands (rows are the contraction's contiguous axis): the stride offset is 8 rows, the leading one unused,
+// 16 more of the contraction are 32 bytes further. MN-major operands: the leading offset is the next panel of 64
+// columns, 16 more of the contraction are 16 rows, 2048 bytes, further.
 __device__ __forceinline__ unsigned long long tile_descriptor(unsigned int smem_address, int panel_bytes) {
     return static_cast<unsigned long long>((smem_address & 0x3FFFF) >> 4) |
            static_cast<unsigned long long>(panel_bytes >> 4) << 16 | static_cast<unsigned long long>(1024 >> 4) << 32 |
@@ -33,34 +34,35 @@ __device__ __forceinline__ unsigned long long tile_descriptor(unsigned int smem_
 }
 
 // The names of the first accumulator registers.
-#define REGISTERS_32 \
+#define REGISTERS_32                                                         \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define REGISTERS_64 \
-    REGISTERS_32 ", " \
+#define REGISTERS_64                                                                   \
+    REGISTERS_32                                                                       \
+    ", "                                                                               \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define REGISTERS_128 \
-    REGISTERS_64 ", " \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+#define REGISTERS_128                                                                              \
+    REGISTERS_64                                                                                   \
+    ", "                                                                                           \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// The instruction with A in shared memory (K-major) and B in shared memory, K-major; %A, %B and %P are the numbers of the
-// operands that follow the accumulators.
-#define WGMMA_SS(TYPE, N, REGISTERS, TILES, A, B, P)                                                   \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #P ", 0; wgmma.mma_async.sync.aligned.m64n" #N      \
-                 "k16.f32." TYPE "." TYPE " {" REGISTERS "}, %" #A ", %" #B ", p, 1, 1, 0, 0; }"         \
-                 : TILES(d, 0)                                                                         \
+// The instruction with A in shared memory (K-major) and B in shared memory, K-major; %A, %B and %P are the numbers of
+// the operands that follow the accumulators.
+#define WGMMA_SS(TYPE, N, REGISTERS, TILES, A, B, P)                                                               \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #P ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
+                 "." TYPE " {" REGISTERS "}, %" #A ", %" #B ", p, 1, 1, 0, 0; }"                                   \
+                 : TILES(d, 0)                                                                                     \
                  : "l"(a), "l"(b), "r"(static_cast<int>(add)))
 
 // The same with A in registers and B MN-major.
-#define WGMMA_RS(TYPE, N, REGISTERS, TILES, A0, A1, A2, A3, B, P)                                       \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #P ", 0; wgmma.mma_async.sync.aligned.m64n" #N      \
-                 "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3      \
-                 "}, %" #B ", p, 1, 1, 1; }"                                                           \
-                 : TILES(d, 0)                                                                         \
+#define WGMMA_RS(TYPE, N, REGISTERS, TILES, A0, A1, A2, A3, B, P)                                                  \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #P ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
+                 "." TYPE " {" REGISTERS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, 1; }"     \
+                 : TILES(d, 0)                                                                                     \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
 
 // d [64, 8 TILES] = A B, or += with `add`. Asynchronous: see wgmma_commit.

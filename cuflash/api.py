@@ -71,7 +71,8 @@ def flash_attention(
         A logit per head that joins the softmax's denominator; float32 or q's dtype.
     cu_seqlens_q, cu_seqlens_k : int32 or int64 arrays [sequences + 1] or None
         Boundaries of packed sequences, both or neither: start at 0, never decrease, end at most at the total. Rows
-        after the last boundary belong to no sequence: output 0, LSE -inf.
+        after the last boundary belong to no sequence: output 0, LSE -inf. On a GPU their values are not checked, since
+        that would wait for it: wrong ones read and write out of bounds.
     dropout_p : float in [0, 1)
         Probability to drop an element of P; kept ones are divided by 1 - dropout_p and the LSE is untouched. The mask
         is a function of seed, batch, head and indices alone (Philox4x32-10; see cuflash.dropout), with dropout_p
@@ -188,7 +189,8 @@ def flash_attention_backward(
     if memory not in _MEMORY:
         _bad("memory", repr(memory), f"one of {_MEMORY}")
     given = {"dq": dq, "dk": dk, "dv": dv}
-    inputs = {"dout": dout_, "q": call.q, "k": call.k, "v": call.v, "out": out_, "lse": lse_}
+    inputs = {"dout": dout_, "q": call.q, "k": call.k, "v": call.v, "out": out_, "lse": lse_, "dlse": dlse_}
+    inputs |= call.extras._asdict()
     targets = {}
     for (name, array), expected in zip(given.items(), (plan.q, plan.k, plan.v), strict=True):
         if array is not None:
@@ -217,6 +219,9 @@ def flash_attention_backward(
         call.extras,
         accumulate=accumulate,
     )
+    for name, array in given.items():
+        if array is not None and targets[name] is not array:
+            arrays.like(targets[name], array)  # on a GPU the owner's stream waits for what was written
     gradients = (results["dq"], results["dk"], results["dv"])
     return gradients if dsinks is None else (*gradients, arrays.like(dsinks, q))
 
@@ -248,7 +253,7 @@ class _Call(NamedTuple):
     extras: Extras
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        return self.library.empty(shape, arrays.dtype_of(dtype))
+        return self.library.empty(shape, arrays.dtype_of(dtype), self.q)
 
     def head_minor(self, array: Any) -> Any:
         return array.swapaxes(-3, -2) if self.plan.head_major else array
@@ -272,8 +277,9 @@ def _prepare(arguments: tuple[Any, ...], *options: Any) -> _Call:
     if plan.problem.spec.packed and plan.backend == "numpy":
         _check_boundaries("cu_seqlens_q", cu_seqlens_q, plan.problem.q_len)
         _check_boundaries("cu_seqlens_k", cu_seqlens_k, plan.problem.kv_len)
-    call = _Call(plan, _library(plan.backend), q, k, v, Extras(alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k))
-    return call._replace(q=call.head_minor(q), k=call.head_minor(k), v=call.head_minor(v))
+    if plan.head_major:
+        q, k, v = (array.swapaxes(-3, -2) for array in (q, k, v))
+    return _Call(plan, _library(plan.backend), q, k, v, Extras(alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k))
 
 
 @lru_cache(maxsize=1024, typed=True)
@@ -338,6 +344,7 @@ def _plan(
             if len(array.shape) != 1 or array.shape[0] == 0:
                 _bad(name, f"shape {array.shape}", "one axis [sequences + 1]")
             _check_device(name, array, q)
+            _check_strides(name, array)
         if cu_seqlens_k.shape != cu_seqlens_q.shape:
             _bad("cu_seqlens_k", f"shape {cu_seqlens_k.shape}", f"cu_seqlens_q's shape, {cu_seqlens_q.shape}")
         batch = cu_seqlens_q.shape[0] - 1
@@ -537,7 +544,7 @@ def _check_output(name: str, array: Any, expected: Signature, others: dict[str, 
         if any(overlapping):
             _bad(name, f"strides {signature.strides} (in elements)", "an array whose elements do not overlap")
     for other_name, other in others.items():
-        if _share_memory(array, other):
+        if other is not None and _share_memory(array, other):
             _bad(
                 name,
                 f"an array that shares memory with {other_name}",
@@ -546,13 +553,12 @@ def _check_output(name: str, array: Any, expected: Signature, others: dict[str, 
 
 
 def _share_memory(a: Any, b: Any) -> bool:
-    """Whether two arrays have an element in common; interleaved views of one buffer have none.
-
-    On a GPU only arrays that start at the same place are found.
-    """
-    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
-        return a.size > 0 and b.size > 0 and a.data.ptr == b.data.ptr
+    """Whether two arrays have an element in common; interleaved views of one buffer have none."""
     try:
-        return np.shares_memory(a, b, max_work=10_000)  # pyright: ignore[reportArgumentType]
+        return np.shares_memory(  # the stubs know the numbers 0 and -1 only
+            arrays.footprint(a),
+            arrays.footprint(b),
+            max_work=10_000,  # pyright: ignore[reportArgumentType]
+        )
     except np.exceptions.TooHardError:
         return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -25,7 +26,7 @@ class Signature(NamedTuple):
     written."""
 
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    strides: tuple[float, ...]  # whole numbers but in an array that is refused for it
     dtype: str
     device: str
     writable: bool
@@ -45,16 +46,41 @@ def kind(array: Any) -> str:
 
 def signature(array: Any) -> Signature:
     """The signature of a NumPy or CuPy array."""
-    itemsize = array.dtype.itemsize
-    strides = tuple(stride // itemsize for stride in array.strides)
-    if any(stride % itemsize for stride in array.strides):
-        strides = tuple(stride / itemsize for stride in array.strides)  # fractions, for the error message of the caller
     if isinstance(array, np.ndarray):
-        name = array.dtype.name if array.dtype.isnative else str(array.dtype)
-        return Signature(array.shape, strides, name, "cpu", array.flags.writeable)
-    return Signature(array.shape, strides, array.dtype.name, f"cuda:{array.device.id}", True)
+        return _signature(array.shape, array.strides, array.dtype, -1, array.flags.writeable)
+    return _signature(array.shape, array.strides, array.dtype, array.data.device_id, True)
 
 
+@lru_cache(maxsize=4096)
+def _signature(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype, device: int, writable: bool
+) -> Signature:
+    whole = all(stride % dtype.itemsize == 0 for stride in strides)
+    return Signature(
+        shape,
+        # Fractions are for the error message of the caller.
+        tuple(stride // dtype.itemsize if whole else stride / dtype.itemsize for stride in strides),
+        dtype.name if dtype.isnative else str(dtype),
+        "cpu" if device < 0 else f"cuda:{device}",
+        writable,
+    )
+
+
+def footprint(array: Any) -> np.ndarray:
+    """The elements' addresses as a NumPy array that must not be read: what memory an array has, also on a GPU."""
+    if isinstance(array, np.ndarray):
+        return array
+    interface = {
+        "version": 3,
+        "shape": array.shape,
+        "strides": array.strides,
+        "typestr": f"V{array.itemsize}",
+        "data": (array.data.ptr, False),
+    }
+    return np.asarray(_Borrowed(array, interface))
+
+
+@lru_cache
 def dtype_of(name: str) -> np.dtype:
     """The NumPy dtype of a dtype's name; bfloat16 is ml_dtypes'."""
     return _BFLOAT16 if name == "bfloat16" else np.dtype(name)
@@ -112,10 +138,10 @@ def _tensor_of(capsule: Any) -> tuple[_DLTensor, bool]:
 
 
 class _Borrowed:
-    """Memory of another library, kept alive by its capsule (which frees it when nobody took it over)."""
+    """Memory of another library, kept alive by its owner: the array, or the capsule that frees it in the end."""
 
-    def __init__(self, capsule: Any, interface: dict[str, Any]) -> None:
-        self.capsule = capsule
+    def __init__(self, owner: Any, interface: dict[str, Any]) -> None:
+        self.owner = owner
         self.__array_interface__ = interface
 
 

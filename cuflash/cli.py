@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import cuflash
+from cuflash.cuda.toolchain import ARCHS
+from cuflash.demo import compilation
 from cuflash.errors import UnsupportedError
 
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -80,7 +82,13 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
 
 def _add_doctor(commands: Any) -> None:
-    parser = commands.add_parser("doctor", help="what is installed, which backend arrays get, one exactness check")
+    parser = commands.add_parser(
+        "doctor",
+        help="what is installed, which backend and kernels arrays get, one exactness check",
+        description="Names what is installed, the GPU, the compiler and the kernel cache, the kernel and tile that "
+        "common problems get here, and checks exactness on every backend. Fails where something that this machine "
+        "needs is missing.",
+    )
     parser.set_defaults(run=_run_doctor)
 
 
@@ -88,6 +96,48 @@ def _run_doctor(_: argparse.Namespace) -> int:
     from cuflash.demo import doctor
 
     return doctor.run()
+
+
+def _add_compile(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compile",
+        help="fill the kernel cache ahead of time, also for a GPU that is not here",
+        description="Compiles the kernels of every combination of the arguments, forward and backward, causal and not. "
+        "Needs NVRTC and CUDA's headers (the extras cuda12 and cuda13) and no GPU. What is in the folder already is "
+        "left alone.",
+    )
+    parser.add_argument("--arch", choices=ARCHS, action="append", help="repeatable (default: this machine's GPUs)")
+    parser.add_argument(
+        "--dtype", choices=compilation.DTYPES, action="append", help="repeatable (default: float16 and bfloat16)"
+    )
+    parser.add_argument(
+        "--head-dim",
+        type=_head_dims,
+        action="append",
+        metavar="N[:N]",
+        help="repeatable; head_dim, or head_dim:head_dim_v where they differ (default: 64 and 128)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="a folder to carry to another machine, used there through CUFLASH_PRECOMPILED (default: the kernel cache)",
+    )
+    parser.add_argument("--workers", type=_positive, metavar="N", help="threads (default: one a core)")
+    for name, option in compilation.OPTIONS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=f"without and with {option.argument}")
+    parser.set_defaults(run=_run_compile)
+
+
+def _run_compile(arguments: argparse.Namespace) -> int:
+    given = {"archs": arguments.arch, "dtypes": arguments.dtype, "head_dims": arguments.head_dim}
+    return compilation.run(
+        compilation.Settings(
+            options=tuple(name for name in compilation.OPTIONS if getattr(arguments, name.replace("-", "_"))),
+            output=arguments.output,
+            workers=arguments.workers,
+            **{name: tuple(dict.fromkeys(values)) for name, values in given.items() if values},
+        )
+    )
 
 
 def _add_bench(commands: Any) -> None:
@@ -116,7 +166,7 @@ def _run_bench(arguments: argparse.Namespace) -> int:
     )
 
 
-COMMANDS = (_add_demo, _add_doctor, _add_bench)
+COMMANDS = (_add_demo, _add_doctor, _add_compile, _add_bench)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -128,6 +178,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a positive whole number")
     return number
+
+
+def _head_dims(text: str) -> tuple[int, int]:
+    """(head_dim, head_dim_v) of "128" or "192:128"."""
+    head_dim, colon, head_dim_v = text.partition(":")
+    first = _positive(head_dim)
+    return first, _positive(head_dim_v) if colon else first
 
 
 def _one_line(error: Exception) -> str:

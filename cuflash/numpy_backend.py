@@ -19,7 +19,10 @@ import numpy as np
 from cuflash import dropout, tuning
 from cuflash.spec import Extras, Problem, Tile
 
-empty = np.empty  # how a result is allocated
+
+def empty(shape: tuple[int, ...], dtype: np.dtype, like: np.ndarray) -> np.ndarray:
+    """How a result is allocated."""
+    return np.empty(shape, dtype)
 
 
 class _Sequence(NamedTuple):
@@ -130,7 +133,7 @@ def _forward_head(
         if extras.sinks is not None:  # exp(sink) joins the denominator
             sink = q_tile.dtype.type(extras.sinks[head])
             with_sink = _finite_reference(np.maximum(m, sink))
-            rescale = np.exp(reference - with_sink)
+            rescale = np.exp(m - with_sink)
             denominator = denominator * rescale + np.exp(sink - with_sink)
             o *= rescale[:, None]
             reference = with_sink

@@ -63,6 +63,7 @@ class Tile:
     blocks: int = (
         0  # thread blocks that must fit on a multiprocessor: bounds the registers; 0 leaves it to the compiler
     )
+    p_sets: int = 1  # register sets of P in the Hopper forward: with two the steady state needs no row maximum
     vector: int = 16  # bytes one copy instruction moves: 16, or an element's where alignment allows no more
 
     def render(self) -> str:
@@ -70,9 +71,11 @@ class Tile:
         return _render(self, "Tile", "TILE")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Problem:
     """One call, validated: the Spec and the run-time values that a backend takes as parameters.
+
+    Compared by identity: equal calls get the same Problem, and backends keep what they prepare for it under it.
 
     Arrays reach a backend head-minor, [batch, len, heads, dim] or packed [total, heads, dim], whatever layout the
     caller used; `q_len` and `kv_len` are then the packed totals.

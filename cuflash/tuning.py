@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from cuflash.errors import UnsupportedError
 from cuflash.spec import Spec, Tile
 
@@ -69,15 +67,19 @@ _PORTABLE = {
         256: ((64, 16, 1, 8, 2, 1), (32, 16, 1, 4, 2, 1)),
     },
 }
-# Two rows of accumulator tiles a warp halve the reads of K and V; the registers suffice where the score stage is short.
+# 32 rows a warp instead of 16 halve the reads of K and V; the registers suffice where the score stage is short.
 _PLAIN = {("forward_portable", 2, 64): (128, 64, 2, 4, 1, 1)}
 _ROWWISE = Tile(rows=1, cols=1, warps=8)  # kernels that work row by row
-# Tiles of the Hopper forward as (rows, cols, stages, warps), by head dimension: a producer warpgroup and one for every
-# 64 rows. Registers: a lane keeps cols / 2 of S, cols / 4 of P and head_dim / 2 of O, of 240 (160 with three
-# warpgroups).
+# Tiles of the Hopper forward as (rows, cols, stages, warps, p_sets), by head dimension: a producer warpgroup and one
+# for every 64 rows. Registers: a lane keeps cols / 2 of S, cols / 4 of each set of P and head_dim / 2 of O, of 240 (160
+# with three warpgroups); a long score stage leaves fewer.
 _HOPPER_FORWARD = {
-    64: (192, 128, 2, 16),
-    128: (128, 128, 2, 12),
+    64: (192, 128, 2, 16, 1),
+    128: (128, 128, 2, 12, 2),
+}
+_HOPPER_FORWARD_LONG = {
+    64: (128, 128, 2, 12, 1),
+    128: (128, 128, 2, 12, 1),
 }
 _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, head_dim_v and packed
     "forward_portable": ("bounded_left", "bounded_right", "softcap", "alibi", "sinks", "dropout", "allow_tf32"),
@@ -114,40 +116,48 @@ def kernels_of(spec: Spec, *, backward: bool) -> tuple[str, ...]:
     return ("backward_prepare", *sinks, "backward_portable_dkv", "backward_portable_dq")
 
 
-def has_hopper_forward(spec: Spec, path: int) -> bool:
-    """Whether the Hopper kernel serves a forward, as far as the Spec and the code path decide."""
+def has_hopper_forward(spec: Spec) -> bool:
+    """Whether the Hopper kernel serves a forward on sm_90a, as far as the Spec decides."""
     return (
-        path == 900
-        and spec.dtype in ("float16", "bfloat16")
+        spec.dtype in ("float16", "bfloat16")
         and spec.head_dim == spec.head_dim_v
         and spec.head_dim in _HOPPER_FORWARD
         and not spec.packed
     )
 
 
+def _long_score_stage(spec: Spec) -> bool:
+    return spec.softcap or spec.alibi or spec.dropout
+
+
 def hopper_tile(spec: Spec) -> Tile:
     """The tile of the Hopper forward."""
-    rows, cols, stages, warps = _HOPPER_FORWARD[spec.head_dim]
-    return Tile(rows=rows, cols=cols, stages=stages, warps=warps, blocks=1)
+    table = _HOPPER_FORWARD_LONG if _long_score_stage(spec) else _HOPPER_FORWARD
+    rows, cols, stages, warps, p_sets = table[spec.head_dim]
+    return Tile(rows=rows, cols=cols, stages=stages, warps=warps, blocks=1, p_sets=p_sets)
 
 
-def portable_tile(kernel: str, spec: Spec, path: int, vector: int) -> Tile:
-    """The tile of one of the portable kernels on a code path; `vector` is the width of its copies in bytes."""
+def portable_tile(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int | None = None) -> Tile:
+    """The tile of one of the portable kernels on a code path; `vector` is the width of its copies in bytes.
+
+    `shared_limit` is what a thread block of the GPU may have; by default what the path's own GPUs give.
+    """
     element_bytes = 4 if spec.dtype == "float32" else 2
     table = _PORTABLE.get((kernel, element_bytes))
     if table is None:
-        return replace(_ROWWISE, vector=vector)
+        return _ROWWISE
     reach = next(dim for dim in table if max(spec.head_dim, spec.head_dim_v) <= dim)
     candidates = table[reach]
-    if not (spec.softcap or spec.alibi or spec.dropout) and (kernel, element_bytes, reach) in _PLAIN:
+    limit = SHARED_MEMORY.get(path, min(SHARED_MEMORY.values())) if shared_limit is None else shared_limit
+    if not _long_score_stage(spec) and (kernel, element_bytes, reach) in _PLAIN:
         candidates = (_PLAIN[kernel, element_bytes, reach], *candidates)
     for rows, cols, stages, warps, split, blocks in candidates:
         if stages > 1 and path < 800:
             continue  # without asynchronous copies there is nothing to keep in flight
         tile = Tile(rows=rows, cols=cols, stages=stages, warps=warps, split=split, blocks=blocks, vector=vector)
-        if shared_bytes(kernel, spec, tile) <= SHARED_MEMORY[path]:
+        if shared_bytes(kernel, spec, tile) <= limit:
             return tile
-    raise AssertionError(f"no tile of {kernel} fits into the shared memory of path {path}: {spec}")
+    raise UnsupportedError(f"no tile of {kernel} fits into {limit} bytes of shared memory: {spec}")
 
 
 def shared_bytes(kernel: str, spec: Spec, tile: Tile) -> int:

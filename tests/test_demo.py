@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -10,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ import pytest
 
 from cuflash import UnsupportedError, reference
 from cuflash.cli import main
-from cuflash.demo import exactness, job, memory, report, standard, text, training
+from cuflash.demo import exactness, job, machine, memory, report, standard, text, training
 from cuflash.demo.model import Config, Model
 from cuflash.demo.optimiser import Optimiser, _orthogonal
 
@@ -103,6 +105,27 @@ def test_standard_attention_is_right(causal: bool, dtype: str, tolerance: float)
         np.testing.assert_allclose(value, right, rtol=tolerance, atol=tolerance)
 
 
+class LikeCupy:
+    """NumPy behind another name: what the demo does for an array module that is not NumPy, on the CPU."""
+
+    __name__, __version__ = "like_cupy", "1.0"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_standard_attention_of_single_matrices_is_the_batched_one(causal: bool) -> None:
+    random = np.random.default_rng(0)
+    q, k, v, dout = (random.standard_normal((2, 33, 3, 16)).astype("float32") for _ in range(4))
+    results = []
+    for xp in (np, LikeCupy()):
+        out, probabilities = standard.attention(q, k, v, causal=causal, xp=xp)
+        results.append((out, *standard.attention_backward(dout, q, k, v, out, probabilities, xp=xp)))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
 # ---- the model ---------------------------------------------------------------------------------------------------
 
 
@@ -153,10 +176,30 @@ def test_the_model_does_not_see_what_it_predicts() -> None:
     assert model.loss(tokens[:1]) == pytest.approx(sum(losses) / (length - 1), rel=1e-12)
 
 
+def test_slopes_reach_as_far_as_asked() -> None:
+    np.testing.assert_array_equal(Model(Config(heads=2)).slopes, np.float32([2**-4, 2**-8]))
+    np.testing.assert_allclose(Model(Config(heads=4, reach=16_384)).slopes[-1], 1 / 16_384)
+
+
+def test_attention_in_two_bytes_loses_precision_and_no_gradient() -> None:
+    """The gradient of a mean over thousands of positions is below what float16 can hold."""
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 4097)).astype(np.uint8)
+    found = {}
+    for dtype in ("float32", "float16"):
+        model = Model(dataclasses.replace(TINY, attention_dtype=dtype))
+        model.parameters["logits"] += 1e-3 * np.random.default_rng(1).standard_normal((8, 256)).astype("float32")
+        loss, found[dtype] = model.loss_and_gradients(tokens)
+        assert loss == pytest.approx(math.log(256), rel=1e-2)
+    for name, exact in found["float32"].items():
+        rounded = found["float16"][name]
+        assert rounded.dtype == np.float32
+        assert np.linalg.norm(rounded - exact) < 0.01 * np.linalg.norm(exact)
+
+
 class SharedNames:
     """NumPy under the names alone that CuPy has too, with the same meaning: what the model may use."""
 
-    NAMES = ("arange", "asarray", "empty_like", "exp", "log", "maximum", "sqrt", "zeros_like")
+    NAMES = ("arange", "asarray", "empty", "exp", "log", "maximum", "sqrt", "zeros_like")
 
     def __getattr__(self, name: str) -> Any:
         assert name in self.NAMES, f"xp.{name}: does CuPy have it?"
@@ -221,6 +264,64 @@ def test_peak_memory_of_known_allocations(tracing: bool) -> None:
         tracemalloc.stop()
     assert 3 * 2**20 <= peak < 3.1 * 2**20
     assert seconds > 0
+
+
+class FakePools(LikeCupy):
+    """CuPy's memory as far as it is measured: a pool holds what was asked of it, and calls are counted."""
+
+    def __init__(self) -> None:
+        self.cuda, self.calls, self.held = self, 0, 0
+
+    def MemoryPool(self) -> FakePools:
+        self.held = 0
+        return self
+
+    get_default_memory_pool = get_current_stream = lambda self: self
+
+    @contextlib.contextmanager
+    def using_allocator(self, malloc: Any) -> Iterator[None]:
+        self.malloc_in_use = malloc
+        yield
+        self.malloc_in_use = None
+
+    def malloc(self, size: int) -> None:
+        self.held = max(self.held, size)
+
+    def total_bytes(self) -> int:
+        return self.held
+
+    def free_all_blocks(self) -> None:
+        self.held = 0
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_peak_memory_of_a_pool_counts_a_call_that_compiles_nothing() -> None:
+    xp, calls = FakePools(), []
+
+    def function() -> None:
+        calls.append(time.perf_counter())
+        time.sleep(0.2 if len(calls) == 1 else 0.01)
+        xp.malloc_in_use(1234)
+
+    peak, seconds = memory.peak_memory(xp, function)
+    assert (peak, len(calls), xp.held) == (1234, 2, 0)
+    assert 0.01 <= seconds < 0.2
+
+
+def test_time_on_a_gpu_is_that_of_both_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "peak_memory", lambda xp, function: (1, 1.0))
+    plan = dataclasses.replace(SWEEP, cuflash_seconds=9.9)
+    points = memory.sweep(plan, FakePools(), budget_bytes=0)
+    assert [(p.length, p.seconds) for p in points if p.name == "cuflash"] == [(128, 1.0)]
+
+
+def test_inputs_of_a_longer_sequence_repeat_the_shortest() -> None:
+    for x in memory._inputs(SWEEP, 512, np):
+        assert x.shape == (1, 512, 1, 16)
+        np.testing.assert_array_equal(x[:, :128], x[:, 384:])
+        assert np.unique(x).size == 128 * 16
 
 
 def test_memory_of_standard_attention_is_as_estimated_and_that_of_cuflash_is_linear() -> None:
@@ -298,6 +399,18 @@ def test_exactness_passes_and_a_wrong_result_does_not(monkeypatch: pytest.Monkey
     }
 
 
+def test_exactness_of_what_a_device_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unknowing(LikeCupy):
+        def asarray(self, x: np.ndarray) -> np.ndarray:
+            if x.dtype.name == "bfloat16":
+                raise ValueError("Unsupported dtype bfloat16")
+            return x
+
+    rows, unsupported = exactness.check_served(Unknowing(), exactness.GPU_DTYPES, length=70)
+    assert list(dict.fromkeys(row.dtype for row in rows)) == ["float32", "float16"]
+    assert unsupported == {"bfloat16": "like_cupy 1.0 knows no bfloat16 (Unsupported dtype bfloat16)"}
+
+
 # ---- the whole ---------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +432,56 @@ def test_quick_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     assert f"{learned['bits_after']:.2f}" in printed
     assert "report.json" in printed
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_job_on_a_gpu_is_long_and_its_model_trains(quick: bool) -> None:
+    size = job.size(job.Settings(quick=quick), LikeCupy())
+    assert size.context == 65_536
+    assert job.size(job.Settings(context=512), LikeCupy()).context == 512
+    text.check_length(text.load(), size.context)
+    assert standard.peak_bytes(1, size.sweep.heads, 65_536, size.sweep.head_dim, 2) > 141e9  # more than a GPU has
+    held_out = training._held_out_windows(Model(size.model), text.load(), size.context, size.schedule.windows)
+    assert [window.shape for window in held_out] == [(1, len(text.load().held_out))]
+    small = dataclasses.replace(size.model, dim=32, hidden=32)
+    schedule = training.Schedule(seconds=1, minimum_steps=1, steps=4, evaluations=1)
+    *_, last = training.train(Model(small), text.load(), context=256, schedule=schedule)
+    assert last.held_out_bits is not None
+    assert last.held_out_bits < 7.5
+
+
+def test_held_out_windows_of_the_full_job_are_eight_that_do_not_overlap() -> None:
+    size = job.size(job.Settings(), np)
+    windows = training._held_out_windows(Model(TINY), text.load(), size.context, size.schedule.windows)
+    assert [window.shape for window in windows] == [(1, size.context + 1)] * 8
+    assert not any(np.shares_memory(*pair) for pair in itertools.combinations(windows, 2))
+
+
+def test_demo_says_why_it_does_not_compute_on_a_gpu(
+    small: job.Size, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "gpu_obstacle", lambda: "CuPy is [not] installed")
+    for device in ("auto", "cpu"):
+        main(["demo", "--device", device, "--output", str(tmp_path)])
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first.startswith("on ")
+        assert ("CuPy is [not] installed" in first) == (device == "auto")
+
+
+def test_a_dtype_that_is_not_served_is_named_and_no_failure(
+    small: job.Size, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = exactness.check
+
+    def turing(xp: Any, dtypes: tuple[str, ...], length: int) -> list[exactness.Row]:
+        if dtypes == ("bfloat16",):
+            raise UnsupportedError("its tensor cores know float16")
+        return check(xp, dtypes, 64)
+
+    monkeypatch.setattr(exactness, "check", turing)
+    main(["demo", "--device", "cpu", "--output", str(tmp_path)])
+    assert read_report(tmp_path)["checks"]["exact"] is True
+    assert "no bfloat16: its tensor cores know float16" in capsys.readouterr().out
 
 
 def test_demo_on_a_text_of_the_user(small: job.Size, tmp_path: Path) -> None:

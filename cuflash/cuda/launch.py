@@ -1,13 +1,19 @@
-"""Launches of the portable kernels on CuPy arrays: parameters, grids, workspace.
+"""Launches of the kernels on CuPy arrays: parameters, grids, workspace.
 
 Everything runs on the current stream of the arrays' device, without a synchronisation; the workspace, one float32 a
 query row in the backward, comes from CuPy's pool. A kernel is compiled at its first use (cuflash.cuda.jit).
+
+What a call launches depends on its Problem, on strides and on alignment, and is prepared once (`_prepared`); a further
+call fills in its pointers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import struct
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,69 +25,52 @@ from cuflash.cuda import jit, tensor_map, toolchain
 from cuflash.errors import UnsupportedError
 from cuflash.spec import Extras, Problem, Spec, Tile
 
-_UNBOUNDED = 2**30  # a mask's bound beyond every position
-_MAX_LENGTH = 2**30
+logger = logging.getLogger("cuflash")
+
+MAX_LENGTH = 2**29  # tokens: positions and bounds are 32-bit integers in the kernels
+_UNBOUNDED = 2**30 - 1024  # a mask's bound beyond every position
+_MAX_BLOCKS = 2**31 - 1
 _SHARED_SIZE_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
-# struct Params of cuda_src/params.cuh, field by field, with native alignment.
+# struct Params of cuda_src/params.cuh: arrays are a pointer and strides, then the scalars, all naturally aligned.
 _TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 _STATISTICS = ("lse", "dlse", "delta")
-_PARAMS = struct.Struct(
-    "@" + "Pqqq" * len(_TENSORS) + "Pqq" * len(_STATISTICS) + "PqqPqPPP" + "Q" + "9i" + "I" + "3f" + "7i"
-)
+PARAMS = (
+    *((f"{name}.{field}", "P" if field == "data" else "q") for name in _TENSORS
+      for field in ("data", "batch_stride", "row_stride", "head_stride")),
+    *((f"{name}.{field}", "P" if field == "data" else "q") for name in _STATISTICS
+      for field in ("data", "batch_stride", "head_stride")),
+    ("alibi_slopes", "P"), ("alibi_batch_stride", "q"), ("alibi_head_stride", "q"),
+    ("sinks", "P"), ("sinks_stride", "q"), ("dsinks", "P"),
+    ("cu_seqlens_q", "P"), ("cu_seqlens_k", "P"), ("seed", "Q"),
+    *((name, "i") for name in ("batch", "heads", "group", "q_len", "kv_len", "q_tiles", "kv_tiles", "left", "right")),
+    ("dropout_threshold", "I"), ("dropout_scale", "f"), ("scale", "f"), ("softcap", "f"),
+    *((name, "i") for name in ("cu_seqlens_int64", "alibi_float32", "sinks_float32", "dq_float32", "dk_float32",
+                               "dv_float32", "accumulate")),
+)  # fmt: skip
+PARAMS_STRUCT = struct.Struct("@" + "".join(code for _, code in PARAMS))
+PARAMS_OFFSETS = {
+    name: struct.calcsize("@" + "".join(code for _, code in PARAMS[:i]) + "0" + code)
+    for i, (name, code) in enumerate(PARAMS)
+}
+_POINTER = struct.Struct("@P")
+# The arrays of a call, in this order everywhere below, and where their pointers lie.
+_ARRAYS = (*_TENSORS, *_STATISTICS, "dsinks", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
+_POINTERS = tuple(PARAMS_OFFSETS.get(name, PARAMS_OFFSETS.get(f"{name}.data", -1)) for name in _ARRAYS)
 
 
-def empty(shape: tuple[int, ...], dtype: np.dtype) -> Any:
-    """How a result is allocated: from CuPy's pool."""
-    return toolchain.import_cupy().empty(shape, dtype)
-
-
-class _Kernel(NamedTuple):
-    """A loaded kernel and how it is launched."""
-
-    function: Any
-    tile: Tile
-    shared_bytes: int
+def empty(shape: tuple[int, ...], dtype: np.dtype, like: Any) -> Any:
+    """How a result is allocated: from CuPy's pool, on the device of `like`."""
+    cupy = toolchain.import_cupy()
+    with _on_device(like):
+        return cupy.empty(shape, dtype)
 
 
 def forward(problem: Problem, q: Any, k: Any, v: Any, out: Any, lse: Any, extras: Extras) -> None:
     """Write out and lse; the arrays as for cuflash.numpy_backend.forward, on one GPU."""
-    tensors = {"q": q, "k": k, "v": v, "out": out}
+    arrays = (q, k, v, out, None, None, None, None, lse, None, None, None, *extras)
     with _on_device(q):
-        if _takes_hopper(problem, tensors):
-            _forward_hopper(problem, tensors, lse, extras)
-            return
-        (kernel,) = _kernels(tuning.kernels_of(problem.spec, backward=False), problem, tensors)
-        params = _params(problem, kernel.tile, tensors, {"lse": lse}, extras)
-        _launch(kernel, _q_tiles(problem, kernel.tile) * problem.heads * _grid_batch(problem), params)
-
-
-def _takes_hopper(problem: Problem, tensors: dict[str, Any]) -> bool:
-    """Whether a forward gets the Hopper kernel: its maximum needs a positive scale, its copies aligned rows."""
-    return (
-        tuning.has_hopper_forward(problem.spec, toolchain.device_target(tensors["q"].device.id).path)
-        and problem.scale > 0
-        and all(tensor.size and tensor_map.expressible(tensor) for tensor in tensors.values())
-    )
-
-
-def _forward_hopper(problem: Problem, tensors: dict[str, Any], lse: Any, extras: Extras) -> None:
-    device = tensors["q"].device.id
-    spec = tuning.kernel_spec("forward_hopper", problem.spec)
-    kernel = _kernel("forward_hopper", spec, 16, toolchain.device_target(device), device)
-    params = _params(problem, kernel.tile, tensors, {"lse": lse}, extras)
-    rows = {"q": kernel.tile.rows, "k": kernel.tile.cols, "v": kernel.tile.cols}
-    maps = [tensor_map.tile_map(tensors[name], count) for name, count in rows.items()]
-    blocks = _q_tiles(problem, kernel.tile) * problem.heads * problem.batch
-    # Equal tiles: each multiprocessor loops over its share. Unequal ones: a block each, the longest first, so that a
-    # multiprocessor that is done takes the next.
-    uneven = spec.bounded_left or spec.bounded_right
-    _launch(kernel, blocks if uneven else min(blocks, _multiprocessors(device)), params, *maps)
-
-
-@lru_cache
-def _multiprocessors(device: int) -> int:
-    return toolchain.import_cupy().cuda.Device(device).attributes["MultiProcessorCount"]
+        _run(problem, arrays, backward=False, accumulate=False)
 
 
 def backward(
@@ -105,76 +94,163 @@ def backward(
 
     D and dsinks first, then dK and dV, then dQ. Nothing is atomic: the gradients are bitwise reproducible.
     """
-    tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
-    statistics = {"lse": lse, "dlse": dlse}
+    cupy = toolchain.import_cupy()
     with _on_device(q):
-        statistics["delta"] = empty(lse.shape, lse.dtype)
-        blocks = {
-            "backward_prepare": lambda tile: -(-problem.q_len * problem.heads * _grid_batch(problem) // tile.warps),
-            "backward_sinks": lambda tile: problem.heads,
-            "backward_portable_dkv": lambda tile: _kv_tiles(problem, tile) * problem.kv_heads * _grid_batch(problem),
-            "backward_portable_dq": lambda tile: _q_tiles(problem, tile) * problem.heads * _grid_batch(problem),
-        }
-        names = tuning.kernels_of(problem.spec, backward=True)
-        for name, kernel in zip(names, _kernels(names, problem, tensors), strict=True):
-            params = _params(problem, kernel.tile, tensors, statistics, extras, dsinks, accumulate)
-            _launch(kernel, blocks[name](kernel.tile), params)
+        delta = cupy.empty(lse.shape, lse.dtype)
+        if cupy.cuda.get_current_stream().is_capturing():
+            _CAPTURED.append(delta)  # a graph goes on using it after this call
+        arrays = (q, k, v, out, dout, dq, dk, dv, lse, dlse, delta, dsinks, *extras)
+        _run(problem, arrays, backward=True, accumulate=accumulate)
 
 
-# ---- kernels -----------------------------------------------------------------------------------------------------
+_CAPTURED: list[Any] = []  # workspace of calls inside captured graphs
 
 
-def _kernels(names: tuple[str, ...], problem: Problem, tensors: dict[str, Any]) -> list[_Kernel]:
-    """The loaded kernels of a call; those not yet compiled are compiled at the same time."""
-    device = next(iter(tensors.values())).device.id
+# ---- what a call launches ----------------------------------------------------------------------------------------
+
+
+class _Kernel(NamedTuple):
+    """A loaded kernel and how it is launched."""
+
+    function: Any
+    tile: Tile
+    shared_bytes: int
+
+
+class _Launch(NamedTuple):
+    """One launch of a prepared call: everything but the pointers."""
+
+    kernel: _Kernel
+    blocks: int
+    params: bytes
+    map_rows: tuple[int, ...]  # rows of the tiles of q, k, v that tensor maps describe; none for other kernels
+    maps: dict[tuple[int, ...], list[np.ndarray]]  # and the maps, by the pointers of q, k, v
+
+
+def _run(problem: Problem, arrays: tuple[Any, ...], *, backward: bool, accumulate: bool) -> None:
+    pointers = [0 if array is None else array.data.ptr for array in arrays]
+    together = 0
+    for pointer in pointers[: len(_TENSORS)]:
+        together |= pointer
+    key = (
+        problem,
+        backward,
+        accumulate,
+        arrays[0].data.device_id,
+        together % 16 == 0,
+        os.environ.get("CUFLASH_FORCE_ARCH"),
+        tuple([None if array is None else (array.strides, array.dtype) for array in arrays]),
+    )
+    launches = _PREPARED.get(key)
+    if launches is None:
+        if len(_PREPARED) > 4096:
+            _PREPARED.clear()
+        launches = _PREPARED[key] = _prepared(problem, arrays, backward, accumulate, together % 16 == 0)
+    for kernel, blocks, template, map_rows, maps in launches:
+        params = bytearray(template)
+        for offset, pointer in zip(_POINTERS, pointers, strict=True):
+            if pointer:
+                _POINTER.pack_into(params, offset, pointer)
+        arguments = [np.frombuffer(params, dtype=_PARAMS_DTYPE)]
+        if map_rows:
+            place = tuple(pointers[:3])
+            if place not in maps:
+                if len(maps) > 256:
+                    maps.clear()
+                maps[place] = [tensor_map.tile_map(*pair) for pair in zip(arrays, map_rows, strict=False)]
+            arguments += maps[place]
+        kernel.function((blocks, 1, 1), (32 * kernel.tile.warps, 1, 1), arguments, kernel.shared_bytes)
+
+
+_PREPARED: dict[Any, list[_Launch]] = {}
+_PARAMS_DTYPE = np.dtype(f"V{PARAMS_STRUCT.size}")  # CuPy passes an array of one element by value
+
+
+def _prepared(
+    problem: Problem, arrays: tuple[Any, ...], backward: bool, accumulate: bool, aligned: bool
+) -> list[_Launch]:
+    """The launches of a call, their kernels compiled (several at the same time) and loaded."""
+    device = arrays[0].data.device_id
     target = toolchain.device_target(device)
-    vector = _vector(problem.spec, tensors.values())
+    tuning.check_supported(problem.spec, target.path)
+    if max(problem.q_len, problem.kv_len) > MAX_LENGTH:
+        raise UnsupportedError(f"q, k: got lengths {problem.q_len} and {problem.kv_len}; the kernels go to 2^29 tokens")
+    names = tuning.kernels_of(problem.spec, backward=backward)
+    if not backward and _takes_hopper(problem, target, arrays[:4]):
+        names = ("forward_hopper",)
+    vector = _vector(problem.spec, arrays[: len(_TENSORS)]) if aligned else _element_bytes(problem.spec)
     jobs = [(name, tuning.kernel_spec(name, problem.spec), vector, target, device) for name in names]
-    if len(jobs) > 1 and not all(job in _LOADED for job in jobs):
+    if len(jobs) == 1:
+        kernels = [_kernel(*jobs[0])]
+    else:
         with ThreadPoolExecutor(len(jobs)) as pool:
-            return list(pool.map(lambda job: _kernel(*job), jobs))
-    return [_kernel(*job) for job in jobs]
-
-
-_LOADED: set[tuple[str, Spec, int, toolchain.Target, int]] = set()
+            kernels = list(pool.map(lambda job: _kernel(*job), jobs))
+    launches = []
+    for name, kernel in zip(names, kernels, strict=True):
+        logger.debug("%s %s for %s on device %d", name, kernel.tile, problem.spec, device)
+        blocks = _blocks(name, problem, kernel.tile, device)
+        if blocks > _MAX_BLOCKS:
+            raise UnsupportedError(f"q: got a problem of {blocks} tiles; the kernels go to 2^31 - 1: split the batch")
+        if blocks:
+            map_rows = (kernel.tile.rows, kernel.tile.cols, kernel.tile.cols) if name == "forward_hopper" else ()
+            params = _params(problem, kernel.tile, dict(zip(_ARRAYS, arrays, strict=True)), accumulate)
+            launches.append(_Launch(kernel, blocks, params, map_rows, {}))
+    return launches
 
 
 @lru_cache(maxsize=4096)
 def _kernel(name: str, spec: Spec, vector: int, target: toolchain.Target, device: int) -> _Kernel:
-    tuning.check_supported(spec, target.path)
     if name == "forward_hopper":
         tile = tuning.hopper_tile(spec)
     else:
-        tile = tuning.portable_tile(name, spec, target.path, vector)
+        tile = tuning.portable_tile(name, spec, target.path, vector, _shared_limit(device))
     shared_bytes = tuning.shared_bytes(name, spec, tile)
     cupy = toolchain.import_cupy()
     with cupy.cuda.Device(device):  # this may be a thread of its own
         function = jit.kernel(name, spec, tile, target)
         cupy.cuda.driver.funcSetAttribute(function.ptr, _SHARED_SIZE_ATTRIBUTE, shared_bytes)
-    _LOADED.add((name, spec, vector, target, device))
     return _Kernel(function, tile, shared_bytes)
 
 
-def _vector(spec: Spec, tensors: Any) -> int:
+@lru_cache
+def _shared_limit(device: int) -> int:
+    """Shared memory that one thread block may have: a forced older path must fit the GPU that is there."""
+    return toolchain.import_cupy().cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
+
+
+@lru_cache
+def _multiprocessors(device: int) -> int:
+    return toolchain.import_cupy().cuda.Device(device).attributes["MultiProcessorCount"]
+
+
+def _takes_hopper(problem: Problem, target: toolchain.Target, tensors: tuple[Any, ...]) -> bool:
+    """Whether a forward gets the Hopper kernel: its maximum needs a positive scale, its copies aligned rows."""
+    return (
+        target == toolchain.Target.named("sm_90a")
+        and tuning.has_hopper_forward(problem.spec)
+        and problem.scale > 0
+        and all(tensor.size and tensor_map.expressible(tensor) for tensor in tensors)
+    )
+
+
+def _element_bytes(spec: Spec) -> int:
+    return 4 if spec.dtype == "float32" else 2
+
+
+def _vector(spec: Spec, tensors: tuple[Any, ...]) -> int:
     """Bytes that one copy instruction can move: 16 where every row of every tensor is aligned, else an element's."""
-    element_bytes = 4 if spec.dtype == "float32" else 2
+    element_bytes = _element_bytes(spec)
     if spec.head_dim * element_bytes % 16 or spec.head_dim_v * element_bytes % 16:
         return element_bytes
     for tensor in tensors:
-        if tensor.size and tensor.data.ptr % 16:
-            return element_bytes
-        for stride, length in zip(tensor.strides[:-1], tensor.shape[:-1], strict=True):
-            if length > 1 and stride % 16:
-                return element_bytes
+        if tensor is not None:
+            for stride, length in zip(tensor.strides[:-1], tensor.shape[:-1], strict=True):
+                if length > 1 and stride % 16:
+                    return element_bytes
     return 16
 
 
 # ---- grids and parameters ----------------------------------------------------------------------------------------
-
-
-def _grid_batch(problem: Problem) -> int:
-    """Sequences that the grid counts; packed ones share one range of tiles."""
-    return 1 if problem.spec.packed else problem.batch
 
 
 def _tiles(problem: Problem, length: int, rows: int) -> int:
@@ -182,67 +258,73 @@ def _tiles(problem: Problem, length: int, rows: int) -> int:
     return length // rows + problem.batch + 1 if problem.spec.packed else -(-length // rows)
 
 
-def _q_tiles(problem: Problem, tile: Tile) -> int:
-    return _tiles(problem, problem.q_len, tile.rows)
+def _blocks(name: str, problem: Problem, tile: Tile, device: int) -> int:
+    """Thread blocks of a kernel's grid."""
+    batch = 1 if problem.spec.packed else problem.batch  # packed sequences share one range of tiles
+    q_blocks = _tiles(problem, problem.q_len, tile.rows) * problem.heads * batch
+    counts: dict[str, Callable[[], int]] = {
+        "forward_portable": lambda: q_blocks,
+        # Equal tiles: each multiprocessor loops over its share. Unequal ones: a block each, the longest first, so that
+        # a multiprocessor that is done takes the next.
+        "forward_hopper": lambda: q_blocks if _uneven(problem) else min(q_blocks, _multiprocessors(device)),
+        "backward_prepare": lambda: -(-problem.q_len * problem.heads * batch // tile.warps),
+        "backward_sinks": lambda: problem.heads,
+        "backward_portable_dkv": lambda: _tiles(problem, problem.kv_len, tile.cols) * problem.kv_heads * batch,
+        "backward_portable_dq": lambda: q_blocks,
+    }
+    return counts[name]()
 
 
-def _kv_tiles(problem: Problem, tile: Tile) -> int:
-    return _tiles(problem, problem.kv_len, tile.cols)
+def _uneven(problem: Problem) -> bool:
+    return problem.spec.bounded_left or problem.spec.bounded_right
 
 
-def _launch(kernel: _Kernel, blocks: int, *arguments: np.ndarray) -> None:
-    if blocks:
-        kernel.function((blocks, 1, 1), (32 * kernel.tile.warps, 1, 1), arguments, kernel.shared_bytes)
-
-
-def _params(
-    problem: Problem,
-    tile: Tile,
-    tensors: dict[str, Any],
-    statistics: dict[str, Any],
-    extras: Extras,
-    dsinks: Any = None,
-    accumulate: bool = False,
-) -> np.ndarray:
-    """struct Params as a NumPy array of one element, which CuPy passes by value."""
-    if max(problem.q_len, problem.kv_len) > _MAX_LENGTH:
-        raise UnsupportedError(f"q, k: got lengths {problem.q_len} and {problem.kv_len}; the kernels go to 2^30 tokens")
-    values: list[Any] = []
-    for name in _TENSORS:
-        values += _strided(tensors.get(name), 3)
-    for name in _STATISTICS:
-        values += _strided(statistics.get(name), 2)
-    alibi, sinks, cu_seqlens_q, cu_seqlens_k = extras
-    alibi_strides = [0, 0] if alibi is None else [0, *_element_strides(alibi)][-2:]
-    values += [_pointer(alibi), *alibi_strides]
-    values += [_pointer(sinks), 0 if sinks is None else _element_strides(sinks)[0], _pointer(dsinks)]
-    values += [_pointer(cu_seqlens_q), _pointer(cu_seqlens_k), problem.seed]
-    values += [problem.batch, problem.heads, problem.group, problem.q_len, problem.kv_len]
-    values += [_q_tiles(problem, tile), _kv_tiles(problem, tile)]
+def _params(problem: Problem, tile: Tile, arrays: dict[str, Any], accumulate: bool) -> bytes:
+    """struct Params with null pointers."""
     mask = problem.mask
-    values += [_UNBOUNDED if side is None else min(side, _UNBOUNDED) for side in (mask.left, mask.right)]
-    values += [dropout.threshold(problem.dropout_p), 1 / (1 - problem.dropout_p), problem.scale, problem.softcap or 0.0]
-    values += [cu_seqlens_q is not None and cu_seqlens_q.dtype == np.int64]
-    values += [_is_float32(alibi), _is_float32(sinks)]
-    values += [_is_float32(tensors.get(name)) for name in ("dq", "dk", "dv")]
-    values += [accumulate]
-    return np.frombuffer(_PARAMS.pack(*values), dtype=f"V{_PARAMS.size}")
-
-
-def _strided(array: Any, axes: int) -> list[int]:
-    """Pointer and element strides of the leading axes, the batch's 0 where packed arrays have none; zeros for None."""
-    if array is None:
-        return [0] * (axes + 1)
-    strides = _element_strides(array)[:-1]
-    return [_pointer(array), *[0] * (axes - len(strides)), *strides]
+    left, right = (_UNBOUNDED if side is None else min(side, _UNBOUNDED) for side in (mask.left, mask.right))
+    values: dict[str, Any] = dict.fromkeys((name for name, _ in PARAMS), 0)
+    for name, fields in (
+        *((name, ("batch_stride", "row_stride", "head_stride")) for name in _TENSORS),
+        *((name, ("batch_stride", "head_stride")) for name in _STATISTICS),
+    ):
+        if arrays[name] is not None:  # packed arrays have no batch axis: its stride stays 0
+            strides = _element_strides(arrays[name])[:-1]
+            for field, stride in zip(fields[-len(strides) :], strides, strict=True):
+                values[f"{name}.{field}"] = stride
+    if arrays["alibi_slopes"] is not None:
+        *batch_stride, values["alibi_head_stride"] = _element_strides(arrays["alibi_slopes"])
+        values["alibi_batch_stride"] = batch_stride[0] if batch_stride else 0
+    if arrays["sinks"] is not None:
+        (values["sinks_stride"],) = _element_strides(arrays["sinks"])
+    values |= {
+        "seed": problem.seed,
+        "batch": problem.batch,
+        "heads": problem.heads,
+        "group": problem.group,
+        "q_len": problem.q_len,
+        "kv_len": problem.kv_len,
+        "q_tiles": _tiles(problem, problem.q_len, tile.rows),
+        "kv_tiles": _tiles(problem, problem.kv_len, tile.cols),
+        "left": left,
+        "right": right,
+        "dropout_threshold": dropout.threshold(problem.dropout_p),
+        "dropout_scale": 1 / (1 - problem.dropout_p),
+        "scale": problem.scale,
+        "softcap": problem.softcap or 0.0,
+        "cu_seqlens_int64": arrays["cu_seqlens_q"] is not None and arrays["cu_seqlens_q"].dtype == np.int64,
+        "alibi_float32": _is_float32(arrays["alibi_slopes"]),
+        "sinks_float32": _is_float32(arrays["sinks"]),
+        "dq_float32": _is_float32(arrays["dq"]),
+        "dk_float32": _is_float32(arrays["dk"]),
+        "dv_float32": _is_float32(arrays["dv"]),
+        "accumulate": bool(accumulate),
+    }
+    return PARAMS_STRUCT.pack(*values.values())
 
 
 def _element_strides(array: Any) -> list[int]:
     return [stride // array.itemsize for stride in array.strides]
-
-
-def _pointer(array: Any) -> int:
-    return 0 if array is None else array.data.ptr
 
 
 def _is_float32(array: Any) -> bool:
@@ -252,4 +334,4 @@ def _is_float32(array: Any) -> bool:
 def _on_device(array: Any) -> Any:
     """The arrays' device as the current one, entered only where it is not."""
     current = toolchain.import_cupy().cuda.runtime.getDevice()
-    return contextlib.nullcontext() if current == array.device.id else array.device
+    return contextlib.nullcontext() if current == array.data.device_id else array.device

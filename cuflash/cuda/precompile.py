@@ -24,7 +24,7 @@ Job: TypeAlias = tuple[str, Spec, Tile, Target]  # the kernel's name and what it
 
 
 def portable_jobs(spec: Spec, target: Target, vector: int = 16) -> list[Job]:
-    """The jobs of one Spec, forward and backward, for rows aligned to `vector` bytes.
+    """The jobs of one Spec, forward and backward, for rows aligned to `vector` bytes: every kernel a call may get.
 
     Raises UnsupportedError where the target's kernels cannot do it.
     """
@@ -34,6 +34,9 @@ def portable_jobs(spec: Spec, target: Target, vector: int = 16) -> list[Job]:
         for name in tuning.kernels_of(spec, backward=backward):
             known = tuning.kernel_spec(name, spec)
             jobs.append((name, known, tuning.portable_tile(name, known, target.path, vector), target))
+    if target == Target.named("sm_90a") and tuning.has_hopper_forward(spec):
+        known = tuning.kernel_spec("forward_hopper", spec)
+        jobs.append(("forward_hopper", known, tuning.hopper_tile(known), target))
     return jobs
 
 

@@ -7,7 +7,6 @@ by 128 bytes, as wgmma reads them. Rows beyond `len` are loaded as zeros. The tw
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,11 +29,6 @@ def expressible(array: Any) -> bool:
 
 def tile_map(array: Any, rows: int) -> np.ndarray:
     """The map of tiles of `rows` rows of an expressible array, as a NumPy array of one element of 128 bytes."""
-    return _encode(array.data.ptr, array.dtype.name, array.shape, array.strides, rows)
-
-
-@lru_cache(maxsize=4096)
-def _encode(pointer: int, dtype: str, shape: tuple[int, ...], strides: tuple[int, ...], rows: int) -> np.ndarray:
     try:
         from cuda.bindings import driver
     except ImportError as error:
@@ -42,16 +36,16 @@ def _encode(pointer: int, dtype: str, shape: tuple[int, ...], strides: tuple[int
             "the Hopper kernels need cuda.bindings: pip install 'cuflash[cuda13]' (or cuda12), or set "
             "CUFLASH_FORCE_ARCH=sm_89 for the portable kernels"
         ) from error
-    batch, length, heads, dim = shape
+    batch, length, heads, dim = array.shape
     batch_stride, row_stride, head_stride = (
-        stride if count > 1 else 16 for stride, count in zip(strides[:-1], shape[:-1], strict=True)
+        stride if count > 1 else 16 for stride, count in zip(array.strides[:-1], array.shape[:-1], strict=True)
     )
     kinds = driver.CUtensorMapDataType
     integer, wide = driver.cuuint32_t, driver.cuuint64_t
     status, encoded = driver.cuTensorMapEncodeTiled(
-        kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if dtype == "float16" else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if array.dtype == np.float16 else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         5,
-        pointer,
+        array.data.ptr,
         [wide(x) for x in (_PANEL, length, dim // _PANEL, heads, batch)],
         [wide(x) for x in (row_stride, 2 * _PANEL, head_stride, batch_stride)],
         [integer(x) for x in (_PANEL, rows, dim // _PANEL, 1, 1)],
@@ -62,5 +56,7 @@ def _encode(pointer: int, dtype: str, shape: tuple[int, ...], strides: tuple[int
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     if int(status) != 0:
-        raise RuntimeError(f"cuTensorMapEncodeTiled: {status} for {dtype} {shape} with strides {strides}, {rows} rows")
+        raise RuntimeError(
+            f"cuTensorMapEncodeTiled: {status} for {array.dtype} {array.shape}, strides {array.strides}, {rows} rows"
+        )
     return np.array([int(word) for word in encoded.opaque], dtype=np.uint64).view("V128")

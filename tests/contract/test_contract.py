@@ -203,6 +203,37 @@ def test_a_sink_of_minus_infinity_is_no_sink(backend: Backend, dtype: str):
         result.check(backend.numpy(actual), name, backend.arithmetic(case, inputs, name, result.oracle))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sink_far_below_every_score(backend: Backend, dtype: str):
+    case = case_in(backend, dtype, q_len=40, kv_len=20, causal=True, sinks="float32", dlse=True)
+    inputs = make_inputs(case)
+    inputs.options["sinks"][:] = -90
+    expected = expected_forward(case, inputs)
+    expected |= expected_backward(case, inputs, expected)
+    assert (expected["lse"].oracle == -90).sum() == case.batch * case.heads * 20, "rows that attend to nothing else"
+    out, lse = run_forward(backend, case, inputs)
+    gradients, _ = run_backward(backend, case, inputs, out, lse)
+    for (name, result), actual in zip(expected.items(), (out, lse, *gradients), strict=True):
+        result.check(backend.numpy(actual), name, backend.arithmetic(case, inputs, name, result.oracle))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("growth", [4.0, 60.0, 400.0])
+@pytest.mark.parametrize("towards", ["later keys", "earlier keys"])
+def test_scores_that_grow_from_tile_to_tile(backend: Backend, towards: str, growth: float, dtype: str):
+    """The row maximum moves by about `growth` in every tile: whatever a backend refers to is wrong soon."""
+    case = case_in(backend, dtype, batch=1, q_len=70, kv_len=700, head_dim=128, head_dim_v=128, scale=1.0)
+    inputs = make_inputs(case)
+    steps = np.linspace(0, 5, case.kv_len) if towards == "later keys" else np.linspace(5, 0, case.kv_len)
+    inputs.q[...] = np.sign(inputs.q) + inputs.q.dtype.type(0.5)
+    inputs.k[...] = (growth * steps[None, :, None, None] / 128).astype(inputs.k.dtype)
+    inputs.k[..., ::2] *= inputs.k.dtype.type(2)  # so that rows differ
+    expected = expected_forward(case, inputs)
+    out, lse = run_forward(backend, case, inputs)
+    for (name, result), actual in zip(expected.items(), (out, lse), strict=True):
+        result.check(backend.numpy(actual), name, backend.arithmetic(case, inputs, name, result.oracle))
+
+
 # ---- NaN gets at least where the arithmetic puts it, and never to another head -----------------------------------
 
 NAN_CASES: dict[str, dict[str, Any]] = {
