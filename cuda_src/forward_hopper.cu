@@ -76,12 +76,20 @@ __device__ __forceinline__ TileRange tiles_of_work(const Band& band, int q_first
     return band.kv_tiles(q_first, min(q_first + TILE.rows, q_len) - 1);
 }
 
+// Number `round` of a thread block's share of the work. Rounds alternate in direction: where the work of a round falls
+// from its first item to its last, the sums of two rounds are equal.
+__device__ __forceinline__ int work_of_round(int round) {
+    return round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+}
+
 // One thread: the copies of all work, in the order the consumers need them.
 __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map, const TensorMap& K_map,
                                         const TensorMap& V_map, const Layout& smem, int blocks) {
     Ring ring;
     unsigned int q_parity = 0;
-    for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
+    for (int round = 0; round < ceil_div(blocks, gridDim.x); ++round) {
+        const int block = work_of_round(round);
+        if (block >= blocks) break;
         const Work work = find_work<TILE.rows, false>(p, block, p.q_tiles, p.heads);
         const int q_first = work.tile * TILE.rows, kv_head = work.head / p.group, batch = work.sequence.batch;
         const TileRange tiles = tiles_of_work(Band(p, work.sequence), q_first, work.sequence.q_len);
@@ -240,7 +248,9 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
     const unsigned int Q_smem = smem.Q + warpgroup * 64 * 128;
     Ring ring;
     unsigned int q_parity = 0;
-    for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
+    for (int round = 0; round < ceil_div(blocks, gridDim.x); ++round) {
+        const int block = work_of_round(round);
+        if (block >= blocks) break;
         const Work work = find_work<TILE.rows, false>(p, block, p.q_tiles, p.heads);
         const Sequence& sequence = work.sequence;
         const int q_tile = work.tile * TILE.rows, q_first = q_tile + warpgroup * 64, head = work.head;

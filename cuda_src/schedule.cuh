@@ -28,7 +28,7 @@ __device__ __forceinline__ bool is_outside(const Params& p, const Sequence& sequ
     return SPEC.packed && sequence.index == p.batch;
 }
 
-// Number `block` of the work, tiles of TILE_ROWS rows (of queries, or of keys if BY_KEYS), the tile index fastest.
+// Number `block` of the work: tiles of TILE_ROWS rows (of queries, or of keys if BY_KEYS), the tile index fastest.
 //
 // Packed: nobody on the host knows the lengths, so sequence i is given the tiles from boundary[i] / TILE_ROWS + i on.
 // That start never decreases and leaves room for ceil(len / TILE_ROWS) tiles; what is left over does not exist. The
@@ -62,9 +62,17 @@ __device__ __forceinline__ Work find_work(const Params& p, int block, int tiles,
                                 : Sequence{low, 0, start, other_start, own_len, other_len};
         work.exists = work.tile * TILE_ROWS < own_len;
     } else {
-        const int batch = block / tiles / heads;
-        // Under a right bound the last queries and the first keys have the most to do: they go first.
-        if constexpr (SPEC.bounded_right && !BY_KEYS) tile = tiles - 1 - tile;
+        int pair = block / tiles;  // of batch and head
+        if constexpr (SPEC.bounded_right && !BY_KEYS) {
+            // Under a right bound the last queries have the most to do: in each section of heads they go first.
+            const int section = block / (p.section_heads * tiles);
+            const int first = section * p.section_heads, within = block - first * tiles;
+            const int pairs = min(p.section_heads, heads * p.batch - first);
+            pair = first + within % pairs;
+            tile = tiles - 1 - within / pairs;
+        }
+        const int batch = pair / heads;
+        work.head = pair % heads;
         work.tile = tile;
         work.sequence = Sequence{batch, batch, 0, 0, p.q_len, p.kv_len};
         work.exists = true;

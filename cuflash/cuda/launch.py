@@ -43,12 +43,13 @@ PARAMS = (
     ("alibi_slopes", "P"), ("alibi_batch_stride", "q"), ("alibi_head_stride", "q"),
     ("sinks", "P"), ("sinks_stride", "q"), ("dsinks", "P"),
     ("cu_seqlens_q", "P"), ("cu_seqlens_k", "P"), ("seed", "Q"),
-    *((name, "i") for name in ("batch", "heads", "group", "q_len", "kv_len", "q_tiles", "kv_tiles", "left", "right")),
+    *((name, "i") for name in ("batch", "heads", "group", "q_len", "kv_len", "q_tiles", "kv_tiles", "section_heads",
+                             "left", "right")),
     ("dropout_threshold", "I"), ("dropout_scale", "f"), ("scale", "f"), ("softcap", "f"),
     *((name, "i") for name in ("cu_seqlens_int64", "alibi_float32", "sinks_float32", "dq_float32", "dk_float32",
                                "dv_float32", "accumulate")),
 )  # fmt: skip
-PARAMS_STRUCT = struct.Struct("@" + "".join(code for _, code in PARAMS))
+PARAMS_STRUCT = struct.Struct("@" + "".join(code for _, code in PARAMS) + "0P")  # padded to the alignment of a pointer
 PARAMS_OFFSETS = {
     name: struct.calcsize("@" + "".join(code for _, code in PARAMS[:i]) + "0" + code)
     for i, (name, code) in enumerate(PARAMS)
@@ -193,7 +194,11 @@ def _prepared(
             raise UnsupportedError(f"q: got a problem of {blocks} tiles; the kernels go to 2^31 - 1: split the batch")
         if blocks:
             map_rows = (kernel.tile.rows, kernel.tile.cols, kernel.tile.cols) if name == "forward_hopper" else ()
-            params = _params(problem, kernel.tile, dict(zip(_ARRAYS, arrays, strict=True)), accumulate)
+            named = dict(zip(_ARRAYS, arrays, strict=True))
+            # As many heads as fill the multiprocessors once share a section: their K and V stay in the L2 cache.
+            tiles = _tiles(problem, problem.q_len, kernel.tile.rows)
+            section_heads = max(1, round(blocks / tiles)) if name == "forward_hopper" else 1
+            params = _params(problem, kernel.tile, named, section_heads, accumulate)
             launches.append(_Launch(kernel, blocks, params, map_rows, {}))
     return launches
 
@@ -264,9 +269,7 @@ def _blocks(name: str, problem: Problem, tile: Tile, device: int) -> int:
     q_blocks = _tiles(problem, problem.q_len, tile.rows) * problem.heads * batch
     counts: dict[str, Callable[[], int]] = {
         "forward_portable": lambda: q_blocks,
-        # Equal tiles: each multiprocessor loops over its share. Unequal ones: a block each, the longest first, so that
-        # a multiprocessor that is done takes the next.
-        "forward_hopper": lambda: q_blocks if _uneven(problem) else min(q_blocks, _multiprocessors(device)),
+        "forward_hopper": lambda: min(q_blocks, _multiprocessors(device)),  # each loops over its share
         "backward_prepare": lambda: -(-problem.q_len * problem.heads * batch // tile.warps),
         "backward_sinks": lambda: problem.heads,
         "backward_portable_dkv": lambda: _tiles(problem, problem.kv_len, tile.cols) * problem.kv_heads * batch,
@@ -275,11 +278,7 @@ def _blocks(name: str, problem: Problem, tile: Tile, device: int) -> int:
     return counts[name]()
 
 
-def _uneven(problem: Problem) -> bool:
-    return problem.spec.bounded_left or problem.spec.bounded_right
-
-
-def _params(problem: Problem, tile: Tile, arrays: dict[str, Any], accumulate: bool) -> bytes:
+def _params(problem: Problem, tile: Tile, arrays: dict[str, Any], section_heads: int, accumulate: bool) -> bytes:
     """struct Params with null pointers."""
     mask = problem.mask
     left, right = (_UNBOUNDED if side is None else min(side, _UNBOUNDED) for side in (mask.left, mask.right))
@@ -306,6 +305,7 @@ def _params(problem: Problem, tile: Tile, arrays: dict[str, Any], accumulate: bo
         "kv_len": problem.kv_len,
         "q_tiles": _tiles(problem, problem.q_len, tile.rows),
         "kv_tiles": _tiles(problem, problem.kv_len, tile.cols),
+        "section_heads": section_heads,
         "left": left,
         "right": right,
         "dropout_threshold": dropout.threshold(problem.dropout_p),
