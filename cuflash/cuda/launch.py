@@ -197,7 +197,7 @@ def _prepared(
             named = dict(zip(_ARRAYS, arrays, strict=True))
             # As many heads as fill the multiprocessors once share a section: their K and V stay in the L2 cache.
             tiles = _tiles(problem, problem.q_len, kernel.tile.rows)
-            section_heads = max(1, round(blocks / tiles)) if name == "forward_hopper" else 1
+            section_heads = max(1, round(_multiprocessors(device) / tiles)) if name == "forward_hopper" else 1
             params = _params(problem, kernel.tile, named, section_heads, accumulate)
             launches.append(_Launch(kernel, blocks, params, map_rows, {}))
     return launches
@@ -267,9 +267,14 @@ def _blocks(name: str, problem: Problem, tile: Tile, device: int) -> int:
     """Thread blocks of a kernel's grid."""
     batch = 1 if problem.spec.packed else problem.batch  # packed sequences share one range of tiles
     q_blocks = _tiles(problem, problem.q_len, tile.rows) * problem.heads * batch
+    uneven = problem.spec.bounded_left or problem.spec.bounded_right
     counts: dict[str, Callable[[], int]] = {
         "forward_portable": lambda: q_blocks,
-        "forward_hopper": lambda: min(q_blocks, _multiprocessors(device)),  # each loops over its share
+        # Equal tiles, or few a head: each multiprocessor loops over its share. Many unequal ones: a block each, so
+        # that a multiprocessor that is done takes the next.
+        "forward_hopper": lambda: (
+            q_blocks if uneven and q_blocks > 8 * problem.heads * batch else min(q_blocks, _multiprocessors(device))
+        ),
         "backward_prepare": lambda: -(-problem.q_len * problem.heads * batch // tile.warps),
         "backward_sinks": lambda: problem.heads,
         "backward_portable_dkv": lambda: _tiles(problem, problem.kv_len, tile.cols) * problem.kv_heads * batch,
