@@ -194,7 +194,7 @@ def _prepared(
             raise UnsupportedError(f"q: got a problem of {blocks} tiles; the kernels go to 2^31 - 1: split the batch")
         if blocks:
             map_rows = (kernel.tile.rows, kernel.tile.cols, kernel.tile.cols) if name == "forward_hopper" else ()
-            named = dict(zip(_ARRAYS, arrays, strict=True))
+            named: dict[str, Any] = dict(zip(_ARRAYS, arrays, strict=True))
             # As many heads as fill the multiprocessors once share a section: their K and V stay in the L2 cache.
             tiles = _tiles(problem, problem.q_len, kernel.tile.rows)
             section_heads = max(1, round(_multiprocessors(device) / tiles)) if name == "forward_hopper" else 1
