@@ -1,1 +1,1 @@
-"""What `cuflash demo`, `cuflash doctor` and `cuflash bench` run; `import cuflash` loads none of it."""
+"""What the subcommands of `cuflash` run; `import cuflash` loads none of it."""

@@ -45,6 +45,7 @@ class Row:
 def run(settings: Settings) -> int:
     """Print a table and write the JSON; 1 when the outputs differ, and then nothing is timed at that length."""
     xp = machine.array_module(settings.device)
+    machine.require_products(xp)
     dtype = "float32" if xp is np else "float16"
     rows = []
     with machine.one_blas_thread() as one_thread:

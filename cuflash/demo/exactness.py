@@ -10,6 +10,7 @@ import numpy as np
 import cuflash
 from cuflash import reference
 from cuflash.arrays import dtype_of
+from cuflash.errors import UnsupportedError
 
 GPU_DTYPES = ("float32", "float16", "bfloat16")
 DTYPES = ("float64", *GPU_DTYPES)
@@ -39,13 +40,15 @@ def check(xp: Any = np, dtypes: tuple[str, ...] = DTYPES, length: int = 320, see
     """Compare causal attention of 4 heads over 2 key/value heads of 64, forward and backward, on random normal inputs.
 
     `xp` is numpy or cupy. Four Rows a dtype, the same on every run with the same arguments.
+
+    Raises UnsupportedError for a dtype that this device does not serve.
     """
     rows = []
     for dtype in dtypes:
         q, k, v, dout = _inputs(dtype, length, seed)
         exact = _by_reference(q, k, v, dout, "float64")
         naive = _by_reference(q, k, v, dout, dtype)
-        q, k, v, dout = (xp.asarray(x) for x in (q, k, v, dout))
+        q, k, v, dout = (_on_device(x, xp) for x in (q, k, v, dout))
         out, lse = cuflash.flash_attention(q, k, v, causal=True, return_lse=True)
         computed = (out, *cuflash.flash_attention_backward(dout, q, k, v, out, lse, causal=True))
         for name, right, plain, value in zip(_FACTOR, exact, naive, computed, strict=True):
@@ -55,10 +58,31 @@ def check(xp: Any = np, dtypes: tuple[str, ...] = DTYPES, length: int = 320, see
     return rows
 
 
+def check_served(xp: Any, dtypes: tuple[str, ...], length: int = 320) -> tuple[list[Row], dict[str, str]]:
+    """As `check`: the Rows of the dtypes that this device serves, and the reason for each that it does not."""
+    found = {dtype: _rows_or_reason(xp, dtype, length) for dtype in dtypes}
+    rows = [row for result in found.values() if isinstance(result, list) for row in result]
+    return rows, {dtype: reason for dtype, reason in found.items() if isinstance(reason, str)}
+
+
+def _rows_or_reason(xp: Any, dtype: str, length: int) -> list[Row] | str:
+    try:
+        return check(xp, (dtype,), length)
+    except UnsupportedError as error:  # such as bfloat16 on Turing
+        return str(error)
+
+
 def _inputs(dtype: str, length: int, seed: int) -> list[np.ndarray]:
     """q, k, v and dout, rounded to the dtype."""
     random = np.random.default_rng(seed)
     return [random.standard_normal((1, length, heads, 64)).astype(dtype_of(dtype)) for heads in (4, 2, 2, 4)]
+
+
+def _on_device(x: np.ndarray, xp: Any) -> Any:
+    try:
+        return xp.asarray(x)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnsupportedError(f"{xp.__name__} {xp.__version__} knows no {x.dtype} ({error})") from error
 
 
 def _by_reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: np.ndarray, dtype: str) -> tuple[np.ndarray, ...]:

@@ -34,19 +34,43 @@ def array_module(device: str) -> Any:
 
 
 def gpu_obstacle() -> str:
-    """Why cuflash cannot run on a GPU here; empty when it can, which one small call has shown."""
+    """Why cuflash cannot run on a GPU here; empty when it can, which one small call has shown.
+
+    That call is one of those that `cuflash compile` prepares: it also runs where there is no compiler.
+    """
     try:
         cupy = importlib.import_module("cupy")
-    except ImportError:
+    except ModuleNotFoundError:
         return "CuPy is not installed (pip install 'cuflash[cuda13]', or cuda12 for an older driver)"
-    if not cupy.cuda.is_available():
+    except ImportError as error:
+        return f"CuPy cannot be imported ({error})"
+    try:
+        available = cupy.cuda.is_available()
+    except RuntimeError:  # CuPy before 14, without a driver
+        available = False
+    if not available:
         return "CuPy finds no GPU or no driver"
     try:
-        x = cupy.zeros((1, 16, 1, 16), dtype=cupy.float16)
+        x = cupy.zeros((1, 16, 1, 64), dtype=cupy.float16)
         cuflash.flash_attention(x, x, x)
-    except (UnsupportedError, cupy.cuda.runtime.CUDARuntimeError) as error:
+    except RuntimeError as error:  # UnsupportedError, a kernel that does not compile, an error of CUDA
         return f"cuflash does not run on it ({error})"
     return ""
+
+
+def require_products(xp: Any) -> None:
+    """Raise UnsupportedError where `xp` cannot multiply matrices: CuPy needs cuBLAS for it, which cuflash does not."""
+    if xp is np:
+        return
+    x = xp.zeros((16, 16), dtype=xp.float32)
+    try:
+        xp.matmul(x, x)
+    except (ImportError, RuntimeError) as error:
+        raise UnsupportedError(
+            "CuPy cannot multiply matrices, which the model of the demo and standard attention need "
+            f"({str(error).partition(':')[0]}): install cuBLAS (pip install nvidia-cublas, for CUDA 12 "
+            "nvidia-cublas-cu12), or use --device cpu"
+        ) from error
 
 
 def synchronize(xp: Any) -> None:

@@ -68,14 +68,13 @@ def sweep(plan: Sweep, xp: Any = np, budget_bytes: int | None = None) -> Iterato
                     missing = f"too long, about {foreseen[name]:.0f} s"
             if missing is None:
                 try:
-                    inputs = _inputs(plan, length, xp)
-                    peak, seconds = peak_memory(xp, partial(run, inputs, xp))
+                    peak, seconds = _measure(plan, length, run, xp)
                 except MemoryError:  # CuPy's OutOfMemoryError is one
                     out_of_memory.add(name)
                     missing = "does not fit"
                 else:
-                    left[name] -= seconds
-                    foreseen[name] = seconds
+                    foreseen[name] = seconds * (1 if xp is np else 2)
+                    left[name] -= foreseen[name]
                     yield Point(name=name, length=length, peak_bytes=peak, seconds=seconds)
             if missing is not None:
                 yield Point(name=name, length=length, missing=missing, estimated_bytes=estimate)
@@ -84,10 +83,10 @@ def sweep(plan: Sweep, xp: Any = np, budget_bytes: int | None = None) -> Iterato
 
 
 def memory_budget(xp: Any) -> int:
-    """Bytes that standard attention may allocate: half of what is available, on a CPU 4 GiB at the most."""
+    """Bytes that standard attention may allocate: what a GPU has left; on a CPU half of that, 4 GiB at the most."""
     available = available_memory(xp)
     if xp is not np:
-        return (available or 0) // 2
+        return available or 0
     return LARGEST_BUDGET if available is None else min(LARGEST_BUDGET, available // 2)
 
 
@@ -95,18 +94,21 @@ def peak_memory(xp: Any, function: Callable[[], object]) -> tuple[int, float]:
     """(bytes, seconds): the most that `function` held at once beyond what was there before, and the time it took.
 
     NumPy: tracemalloc, which counts the buffers of arrays; its cost is small beside that of the arrays' contents. CuPy:
-    the size a fresh memory pool grows to, after a first call that compiles kernels.
+    the size a fresh memory pool grows to, and the time of a second call, which compiles and allocates nothing anew.
     """
     if xp is np:
         return _peak_of_host(function)
-    function()
     pool = xp.cuda.MemoryPool()
     with xp.cuda.using_allocator(pool.malloc):
+        function()
         synchronize(xp)
         begin = time.perf_counter()
         function()
         synchronize(xp)
-        return int(pool.total_bytes()), time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+    peak = int(pool.total_bytes())
+    pool.free_all_blocks()
+    return peak, seconds
 
 
 def _peak_of_host(function: Callable[[], object]) -> tuple[int, float]:
@@ -125,10 +127,18 @@ def _peak_of_host(function: Callable[[], object]) -> tuple[int, float]:
             tracemalloc.stop()
 
 
+def _measure(plan: Sweep, length: int, run: Callable[[list[Any], Any], object], xp: Any) -> tuple[int, float]:
+    if xp is not np:
+        xp.get_default_memory_pool().free_all_blocks()  # inputs of the measurement before
+    return peak_memory(xp, partial(run, _inputs(plan, length, xp), xp))
+
+
 def _inputs(plan: Sweep, length: int, xp: Any) -> list[Any]:
+    """q, k, v and dout [1, length, heads, head_dim]: the first tokens are drawn, and repeated on the device."""
     random = np.random.default_rng(0)
-    shape = (1, length, plan.heads, plan.head_dim)
-    return [xp.asarray(random.standard_normal(shape, dtype=np.float32).astype(plan.dtype)) for _ in range(4)]
+    shape = (1, plan.first_length, plan.heads, plan.head_dim)
+    drawn = [random.standard_normal(shape, dtype=np.float32).astype(plan.dtype) for _ in range(4)]
+    return [xp.tile(xp.asarray(x), (1, length // plan.first_length, 1, 1)) for x in drawn]
 
 
 def _run_cuflash(inputs: list[Any], _: Any) -> tuple[Any, ...]:

@@ -29,6 +29,8 @@ class Config:
     blocks: int = 2
     hidden: int = 512  # of the MLP
     history: int = 4  # bytes embedded at a position: its own and the history - 1 before it
+    reach: float = 256  # bytes after which the ALiBi of the broadest head has taken one from a score
+    attention_dtype: str | None = None  # of q, k, v and their products; None is the model's
 
 
 class Model:
@@ -36,6 +38,7 @@ class Model:
 
     def __init__(self, config: Config, *, xp: Any = np, dtype: str = "float32", seed: int = 0) -> None:
         self.config, self.xp, self.dtype = config, xp, np.dtype(dtype)
+        self.attention_dtype = np.dtype(config.attention_dtype or dtype)
         draw = np.random.default_rng(seed).standard_normal  # on the host: the same weights for every array module
         dim, hidden = config.dim, config.hidden
 
@@ -53,8 +56,9 @@ class Model:
             self.parameters[f"up{block}"] = matrix(dim, hidden)
             self.parameters[f"down{block}"] = matrix(hidden, dim, branch)
         self.parameters["logits"] = matrix(dim, BYTES, 0.0)  # all bytes equally likely: 8 bits per byte
-        # The usual geometric slopes, from sharp to broad.
-        self.slopes = xp.asarray([2.0 ** (-8 * (head + 1) / config.heads) for head in range(config.heads)], "float32")
+        # Geometric slopes, from sharp to broad; a reach of 256 gives the usual ones.
+        slopes = [config.reach ** (-(head + 1) / config.heads) for head in range(config.heads)]
+        self.slopes = xp.asarray(slopes, "float32")
 
     def loss(self, tokens: Any) -> float:
         """Mean cross entropy in nats of tokens[:, 1:], from the bytes before; tokens [batch, length + 1] uint8."""
@@ -115,21 +119,24 @@ class Model:
 
     def _attend(self, x: Any, block: int, batch: int) -> tuple[Any, Any]:
         normed, inverse = self._norm(x)
-        qkv = normed @ self.parameters[f"qkv{block}"]
+        qkv = (normed @ self.parameters[f"qkv{block}"]).astype(self.attention_dtype, copy=False)
         q, k, v = self._split(qkv, batch)
         out, lse = cuflash.flash_attention(q, k, v, causal=True, alibi_slopes=self.slopes, return_lse=True)
-        return out.reshape(x.shape) @ self.parameters[f"merge{block}"], (normed, inverse, qkv, out, lse)
+        return self._rows(out) @ self.parameters[f"merge{block}"], (normed, inverse, qkv, out, lse)
 
     def _attend_backward(self, dx: Any, block: int, batch: int, saved: Any, gradients: dict[str, Any]) -> Any:
         normed, inverse, qkv, out, lse = saved
-        gradients[f"merge{block}"] = out.reshape(dx.shape).T @ dx
-        dout = (dx @ self.parameters[f"merge{block}"].T).reshape(out.shape)
-        dqkv = self.xp.empty_like(qkv)
+        gradients[f"merge{block}"] = self._rows(out).T @ dx
+        # The gradient of the mean over all positions would vanish in two bytes, that of their sum does not.
+        dout = (dx @ self.parameters[f"merge{block}"].T) * len(dx)
+        dout = dout.reshape(out.shape).astype(self.attention_dtype, copy=False)
+        dqkv = self.xp.empty(qkv.shape, self.dtype)
         dq, dk, dv = self._split(dqkv, batch)  # views: the backward writes all three into one array
         q, k, v = self._split(qkv, batch)
         cuflash.flash_attention_backward(
             dout, q, k, v, out, lse, causal=True, alibi_slopes=self.slopes, dq=dq, dk=dk, dv=dv
         )
+        dqkv /= len(dx)
         gradients[f"qkv{block}"] = normed.T @ dqkv
         return self._norm_backward(dqkv @ self.parameters[f"qkv{block}"].T, normed, inverse)
 
@@ -152,6 +159,10 @@ class Model:
         heads = self.config.heads
         parts = qkv.reshape(batch, -1, 3, heads, self.config.dim // heads)
         return parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
+
+    def _rows(self, out: Any) -> Any:
+        """[batch, length, heads, head_dim] as [batch * length, dim] in the model's dtype."""
+        return out.reshape(-1, self.config.dim).astype(self.dtype, copy=False)
 
     def _norm(self, x: Any) -> tuple[Any, Any]:
         """RMSNorm of the rows: (x / rms, 1 / rms)."""

@@ -65,7 +65,16 @@ def _accumulator(dtype: Any) -> Any:
 
 
 def _product(xp: Any, a: Any, b: Any) -> Any:
-    """The batched matrix product; NumPy has no BLAS for two-byte types, so they accumulate in float32 as on a GPU."""
-    if a.dtype.itemsize == 2 and xp is np:
+    """The batched matrix product [..., rows, cols], two-byte types accumulated in float32, without large copies.
+
+    NumPy has no BLAS for two-byte types. CuPy's batched product would copy a transposed operand, and a two-byte one
+    into float32; its product of two matrices does neither.
+    """
+    if xp is np and a.dtype.itemsize == 2:
         return np.matmul(a.astype("float32"), b.astype("float32")).astype(a.dtype)
-    return xp.matmul(a, b)
+    if xp is np:
+        return np.matmul(a, b)
+    product = xp.empty((*a.shape[:-1], b.shape[-1]), a.dtype)
+    for index in np.ndindex(*a.shape[:-2]):
+        xp.matmul(a[index], b[index], out=product[index])
+    return product

@@ -14,7 +14,7 @@ from cuflash.demo.model import Model
 from cuflash.demo.optimiser import Optimiser
 from cuflash.demo.text import Text
 
-_WARM_UP, _COOL_DOWN = 0.05, 0.5  # shares of the training in which the rate rises and falls
+_WARM_UP, _COOL_DOWN = 0.05, 0.9  # shares of the training in which the rate rises and falls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
