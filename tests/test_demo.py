@@ -229,13 +229,15 @@ def test_muon_makes_singular_values_nearly_equal(shape: tuple[int, int]) -> None
 # ---- training ----------------------------------------------------------------------------------------------------
 
 
-def test_schedule_ends_by_steps_or_by_time_and_steps() -> None:
+def test_schedule_ends_by_steps_or_by_time_and_steps_or_by_passes() -> None:
     fixed = training.Schedule(seconds=1, minimum_steps=100, steps=4)
-    assert [fixed.progress(1000.0, step) for step in (1, 4, 5)] == [0.25, 1.0, 1.0]
+    assert [fixed.progress(1000.0, step, 9.0) for step in (1, 4, 5)] == [0.25, 1.0, 1.0]
     timed = training.Schedule(seconds=10, minimum_steps=4)
-    assert timed.progress(5.0, 100) == 0.5
-    assert timed.progress(100.0, 2) == 0.5
-    assert timed.progress(10.0, 4) == 1.0
+    assert timed.progress(5.0, 100, 0.1) == 0.5
+    assert timed.progress(100.0, 2, 0.1) == 0.5
+    assert timed.progress(10.0, 4, 0.1) == 1.0
+    assert timed.progress(1.0, 1, timed.passes / 2) == 0.5
+    assert timed.progress(1.0, 1, timed.passes + 1) == 1.0
 
 
 def test_training_learns_and_reports_every_step() -> None:

@@ -19,19 +19,21 @@ _WARM_UP, _COOL_DOWN = 0.05, 0.9  # shares of the training in which the rate ris
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """How long to train: `steps` when given, else until both `seconds` and `minimum_steps` have passed."""
+    """How long to train: `steps` when given, else until both `seconds` and `minimum_steps` have passed, or the text has
+    been read `passes` times: a small model knows a short text by heart soon after, and gets worse on any other."""
 
     seconds: float
     minimum_steps: int
     steps: int | None = None
+    passes: float = 7.0
     evaluations: int = 5  # of the held-out text, over the whole training, besides the one before it
     windows: int = 4  # of the held-out text in an evaluation
 
-    def progress(self, seconds: float, step: int) -> float:
+    def progress(self, seconds: float, step: int, passes: float) -> float:
         """The share of the training that is done, in [0, 1]."""
         if self.steps is not None:
             return min(1.0, step / self.steps)
-        return min(1.0, seconds / self.seconds, step / self.minimum_steps)
+        return min(1.0, max(passes / self.passes, min(seconds / self.seconds, step / self.minimum_steps)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,7 @@ def train(model: Model, text: Text, *, context: int, schedule: Schedule, seed: i
         loss, gradients = model.loss_and_gradients(data[None, start : start + context + 1])
         step += 1
         optimiser.step(gradients, min(1.0, (progress + 0.01) / _WARM_UP, (1 - progress) / _COOL_DOWN))
-        progress = schedule.progress(time.perf_counter() - begin, step)
+        progress = schedule.progress(time.perf_counter() - begin, step, step * context / len(data))
         held_out = None
         if progress * schedule.evaluations >= evaluated + 1:
             held_out = bits_per_byte(model, windows)
