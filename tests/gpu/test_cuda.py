@@ -215,6 +215,19 @@ def test_torch_tensors_come_back_as_torch_tensors(cp: Any) -> None:
     assert np.abs(out.double().cpu().numpy() - expected).max() < 0.02  # a bfloat16 result of size 1 to 4
 
 
+def test_tf32_is_coarser_than_float32_and_no_worse_than_its_mantissa(cp: Any) -> None:
+    q, k, v, dout = _inputs(cp, dtype="float32")
+    exact = [q, k, v, dout]
+    oracle = [cp.asarray(x) for x in reference.attention(*(x.get() for x in exact[:3]))]
+    oracle += [cp.asarray(x) for x in reference.attention_backward(dout.get(), *(x.get() for x in exact[:3]))]
+    fine = _forward_backward(q, k, v, dout)
+    coarse = _forward_backward(q, k, v, dout, allow_tf32=True)
+    for x, y, z in zip(fine, coarse, oracle, strict=True):
+        fine_error, coarse_error = (float(cp.linalg.norm(found - z) / cp.linalg.norm(z)) for found in (x, y))
+        assert fine_error < 1e-6
+        assert fine_error < coarse_error < 2**-10  # one TF32 term rounds a factor by 2^-11 at most
+
+
 def test_unsupported_dtype_says_what_to_do(cp: Any) -> None:
     inputs = _inputs(cp, dtype="float64")
     with pytest.raises(cuflash.UnsupportedError, match=r"float64.*cast to float32"):
