@@ -61,16 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks)
                              p.v.row_stride, kv_rows);
     for (int stage = 0; stage < TILE.stages - 1; ++stage) load_step(stage);
     for (int step = 0; step < steps; ++step) {
-        if constexpr (TILE.stages == 1) {
-            __syncthreads();
-            load_step(step);
-            copy_async_wait<0>();
-            __syncthreads();
-        } else {
-            copy_async_wait<TILE.stages - 2>();
-            __syncthreads();
-            load_step(step + TILE.stages - 1);
-        }
+        advance_ring(step, load_step);
         const int stage_offset = (step % TILE.stages) * STAGE_BYTES;
         const unsigned int Q_smem = stages_smem + stage_offset, dO_smem = Q_smem + Q_BYTES;
         const float* lse = reinterpret_cast<const float*>(smem + K_BYTES + V_BYTES + stage_offset + Q_BYTES + DO_BYTES);

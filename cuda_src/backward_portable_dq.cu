@@ -4,6 +4,7 @@
 // share rows: each computes the same dS and keeps its slice of dQ.
 #include "backward_stage.cuh"
 #include "copy.cuh"
+#include "key_value.cuh"
 
 constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
 constexpr int WARP_ROWS = TILE.rows / (TILE.warps / TILE.split);
@@ -11,7 +12,6 @@ constexpr int M = WARP_ROWS / 16;
 constexpr int N = TILE.cols / 8;  // across S
 constexpr int SLICE = padded_dim(D) / TILE.split;
 constexpr int Q_BYTES = TILE.rows * row_pitch(D), DO_BYTES = TILE.rows * row_pitch(DV);
-constexpr int K_BYTES = TILE.cols * row_pitch(D), V_BYTES = TILE.cols * row_pitch(DV);
 
 extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks)
     backward_portable_dq(const __grid_constant__ Params p) {
@@ -30,17 +30,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks)
     const Band band(p, sequence);
     const TileRange tiles = band.kv_tiles(q_first, q_first + q_rows - 1);
 
-    const Element* K_gmem = head_rows(p.k, sequence.batch, sequence.kv_start, kv_head);
-    const Element* V_gmem = head_rows(p.v, sequence.batch, sequence.kv_start, kv_head);
-    auto load_kv = [&](int tile) {
-        if (tile < tiles.last) {
-            const unsigned int K_smem = KV_smem + (tile % TILE.stages) * (K_BYTES + V_BYTES);
-            const int kv_first = tile * TILE.cols, rows = sequence.kv_len - kv_first;
-            load_tile<TILE.cols, D>(K_smem, K_gmem + kv_first * p.k.row_stride, p.k.row_stride, rows);
-            load_tile<TILE.cols, DV>(K_smem + K_BYTES, V_gmem + kv_first * p.v.row_stride, p.v.row_stride, rows);
-        }
-        copy_async_commit();
-    };
+    const KeyValueTiles<D, DV> kv(p, sequence, kv_head, KV_smem);
+    auto load_kv = [&](int tile) { kv.load(p, tile, tiles.last); };
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int warp_row = warp / TILE.split * WARP_ROWS, first_col = warp % TILE.split * SLICE;
@@ -64,18 +55,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks)
     load_tile<TILE.rows, DV>(dO_smem, head_rows(p.dout, sequence.batch, q_row, head), p.dout.row_stride, q_rows);
     for (int stage = 0; stage < TILE.stages - 1; ++stage) load_kv(tiles.first + stage);
     for (int tile = tiles.first; tile < tiles.last; ++tile) {
-        if constexpr (TILE.stages == 1) {
-            __syncthreads();
-            load_kv(tile);
-            copy_async_wait<0>();
-            __syncthreads();
-        } else {
-            copy_async_wait<TILE.stages - 2>();
-            __syncthreads();
-            load_kv(tile + TILE.stages - 1);
-        }
-        const unsigned int K_smem = KV_smem + (tile % TILE.stages) * (K_BYTES + V_BYTES);
-        const unsigned int V_smem = K_smem + K_BYTES;
+        advance_ring(tile, load_kv);
+        const unsigned int K_smem = kv.K_smem(tile), V_smem = kv.V_smem(tile);
         const int kv_first = tile * TILE.cols;
 
         // S = Q K^T and dP = dO V^T  [rows, cols]

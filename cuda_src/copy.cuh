@@ -95,6 +95,22 @@ __device__ __forceinline__ void load_statistic(unsigned int x_smem, const float*
     }
 }
 
+// One step of a ring of TILE.stages buffers: waits until tile `i` is there for everyone, and everyone is done with the
+// buffer of the tile before; `load(j)` then fills the next one. The first TILE.stages - 1 tiles are loaded before.
+template <typename Load>
+__device__ __forceinline__ void advance_ring(int i, Load load) {
+    if constexpr (TILE.stages == 1) {
+        __syncthreads();
+        load(i);
+        copy_async_wait<0>();
+        __syncthreads();
+    } else {
+        copy_async_wait<TILE.stages - 2>();
+        __syncthreads();
+        load(i + TILE.stages - 1);
+    }
+}
+
 template <typename T>
 struct alignas(2 * sizeof(T)) Pair {
     T x, y;

@@ -4,6 +4,7 @@
 // each computes the same P and keeps its slice of O.
 #include "copy.cuh"
 #include "dropout.cuh"
+#include "key_value.cuh"
 #include "mask.cuh"
 #include "scores.cuh"
 #include "softmax.cuh"
@@ -15,8 +16,6 @@ constexpr int N = TILE.cols / 8;   // and across S
 constexpr int SLICE = padded_dim(DV) / TILE.split;
 constexpr int N_OUT = SLICE / 8;  // and across a slice of O
 constexpr int Q_BYTES = TILE.rows * row_pitch(D);
-constexpr int K_BYTES = TILE.cols * row_pitch(D);
-constexpr int V_BYTES = TILE.cols * row_pitch(DV);
 
 extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) forward_portable(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) unsigned char smem[];
@@ -33,17 +32,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) forward_porta
     const TileRange tiles = band.kv_tiles(q_first, q_first + q_rows - 1);
 
     const Element* Q_gmem = head_rows(p.q, sequence.batch, sequence.q_start + q_first, head);
-    const Element* K_gmem = head_rows(p.k, sequence.batch, sequence.kv_start, kv_head);
-    const Element* V_gmem = head_rows(p.v, sequence.batch, sequence.kv_start, kv_head);
-    auto load_kv = [&](int tile) {
-        if (tile < tiles.last) {
-            const unsigned int K_smem = KV_smem + (tile % TILE.stages) * (K_BYTES + V_BYTES);
-            const int kv_first = tile * TILE.cols, rows = sequence.kv_len - kv_first;
-            load_tile<TILE.cols, D>(K_smem, K_gmem + kv_first * p.k.row_stride, p.k.row_stride, rows);
-            load_tile<TILE.cols, DV>(K_smem + K_BYTES, V_gmem + kv_first * p.v.row_stride, p.v.row_stride, rows);
-        }
-        copy_async_commit();
-    };
+    const KeyValueTiles<D, DV> kv(p, sequence, kv_head, KV_smem);
+    auto load_kv = [&](int tile) { kv.load(p, tile, tiles.last); };
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int warp_row = warp / TILE.split * WARP_ROWS, first_col = warp % TILE.split * SLICE;
@@ -60,18 +50,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) forward_porta
     load_tile<TILE.rows, D>(Q_smem, Q_gmem, p.q.row_stride, q_rows);
     for (int stage = 0; stage < TILE.stages - 1; ++stage) load_kv(tiles.first + stage);
     for (int tile = tiles.first; tile < tiles.last; ++tile) {
-        if constexpr (TILE.stages == 1) {
-            __syncthreads();  // everyone has read the previous tile
-            load_kv(tile);
-            copy_async_wait<0>();
-            __syncthreads();
-        } else {
-            copy_async_wait<TILE.stages - 2>();
-            __syncthreads();  // this tile is there, and everyone has read the one whose buffer comes next
-            load_kv(tile + TILE.stages - 1);
-        }
-        const unsigned int K_smem = KV_smem + (tile % TILE.stages) * (K_BYTES + V_BYTES);
-        const unsigned int V_smem = K_smem + K_BYTES;
+        advance_ring(tile, load_kv);
+        const unsigned int K_smem = kv.K_smem(tile), V_smem = kv.V_smem(tile);
         const int kv_first = tile * TILE.cols;
 
         // S = Q K^T  [rows, cols]

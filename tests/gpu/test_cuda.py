@@ -121,11 +121,13 @@ def test_threads_share_kernels(cp: Any) -> None:
         _assert_same(result, expected)
 
 
-def test_repeated_runs_are_bitwise_equal(cp: Any) -> None:
-    inputs = _inputs(cp, length=1000, dtype="float16")
-    expected = _forward_backward(*inputs, causal=True, dropout_p=0.1, seed=1)
-    for _ in range(20):
-        _assert_same(_forward_backward(*inputs, causal=True, dropout_p=0.1, seed=1), expected)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "dropout_p": 0.1, "seed": 1}])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_repeated_runs_are_bitwise_equal(cp: Any, dim: int, options: dict[str, Any]) -> None:
+    inputs = _inputs(cp, length=1500, heads=8, dim=dim)
+    expected = _forward_backward(*inputs, **options)
+    for _ in range(50):
+        _assert_same(_forward_backward(*inputs, **options), expected)
 
 
 class _Allocations:
