@@ -199,11 +199,9 @@ def flash_attention_backward(
             inputs[name] = targets[name]  # the next output may not overlap it either
         elif accumulate:
             _bad(name, "None with accumulate=True", "dq, dk and dv, all three given")
-    results = dict(given)
     for name, expected in (("dq", plan.q), ("dk", plan.k), ("dv", plan.v)):
         if name not in targets:
             targets[name] = call.empty(expected.shape, expected.dtype)
-            results[name] = arrays.like(targets[name], q)
     dsinks = None if call.extras.sinks is None else call.empty(call.extras.sinks.shape, call.extras.sinks.dtype.name)
     call.library.backward(
         plan.problem,
@@ -219,10 +217,9 @@ def flash_attention_backward(
         call.extras,
         accumulate=accumulate,
     )
-    for name, array in given.items():
-        if array is not None and targets[name] is not array:
-            arrays.like(targets[name], array)  # on a GPU the owner's stream waits for what was written
-    gradients = (results["dq"], results["dk"], results["dv"])
+    # Handing arrays to another library comes after the launches: its stream then waits for what they write.
+    handed = {name: arrays.like(targets[name], q if array is None else array) for name, array in given.items()}
+    gradients = tuple(handed[name] if array is None else array for name, array in given.items())
     return gradients if dsinks is None else (*gradients, arrays.like(dsinks, q))
 
 
