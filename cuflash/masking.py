@@ -40,12 +40,17 @@ class Mask:
         q_pos = np.arange(q_len)[:, None] + (kv_len - q_len)
         return self.allowed(q_pos, np.arange(kv_len)[None, :])
 
+    @property
+    def empty(self) -> bool:
+        """Whether the bounds leave nothing: no key is both late and early enough for any query."""
+        return self.left is not None and self.right is not None and self.left + self.right < 0
+
     def kv_range(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[int, int]:
         """Keys [start, stop) that at least one query of [q_start, q_stop) may attend to; start == stop if none."""
         offset = kv_len - q_len
         start = 0 if self.left is None else q_start + offset - self.left
         stop = kv_len if self.right is None else q_stop - 1 + offset + self.right + 1
-        return _clip(start, stop, kv_len)
+        return (0, 0) if self.empty else _clip(start, stop, kv_len)
 
     def kv_range_unmasked(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[int, int]:
         """Keys [start, stop) that every query of [q_start, q_stop) may attend to: no predicate is needed there."""
@@ -59,7 +64,7 @@ class Mask:
         offset = kv_len - q_len
         start = 0 if self.right is None else kv_start - self.right - offset
         stop = q_len if self.left is None else kv_stop - 1 + self.left - offset + 1
-        return _clip(start, stop, q_len)
+        return (0, 0) if self.empty else _clip(start, stop, q_len)
 
     def count(self, q_len: int, kv_len: int) -> int:
         """How many (query, key) pairs the mask keeps: the arithmetic that is left to do."""

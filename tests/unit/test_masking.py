@@ -12,8 +12,8 @@ from cuflash.masking import Mask, causal, full, window
 LENGTHS = st.integers(0, 12)
 BOUNDS = st.none() | st.integers(0, 14)
 BANDS = st.builds(window, BOUNDS, BOUNDS)
-# Positions may be offset for one part of a sequence, and bounds negative, as long as the band is not empty.
-SHIFTED_BANDS = st.builds(lambda left, width: window(left, width - left), st.integers(-8, 8), st.integers(0, 6))
+# Positions may be offset for one part of a sequence, and bounds negative; a band of negative width is empty.
+SHIFTED_BANDS = st.builds(lambda left, width: window(left, width - left), st.integers(-8, 8), st.integers(-2, 6))
 MASKS = BANDS | SHIFTED_BANDS | st.builds(lambda band: causal() & band, BANDS)
 
 
