@@ -26,11 +26,11 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, like: np.ndarray) -> np.ndarr
 
 
 class _Sequence(NamedTuple):
-    """One sequence's place in the arrays: index[x][:, head] is that head's [len, dim] matrix."""
+    """One sequence's place in the arrays: x[index][:, head] is that head's [len, dim] matrix."""
 
     batch: int
-    q_index: tuple[int | slice, ...]
-    kv_index: tuple[int | slice, ...]
+    q_index: int | slice  # of the batch axis, or rows of the packed one
+    kv_index: int | slice
     q_len: int
     kv_len: int
 
@@ -252,17 +252,17 @@ def _sequences(problem: Problem, extras: Extras) -> Iterator[_Sequence]:
     """Every sequence of the batch, dense or packed."""
     if extras.cu_seqlens_q is None or extras.cu_seqlens_k is None:
         for batch in range(problem.batch):
-            yield _Sequence(batch, (batch,), (batch,), problem.q_len, problem.kv_len)
+            yield _Sequence(batch, batch, batch, problem.q_len, problem.kv_len)
         return
     q_bounds, kv_bounds = extras.cu_seqlens_q.tolist(), extras.cu_seqlens_k.tolist()
     for batch in range(problem.batch):
         q_slice, kv_slice = slice(*q_bounds[batch : batch + 2]), slice(*kv_bounds[batch : batch + 2])
-        yield _Sequence(batch, (q_slice,), (kv_slice,), q_slice.stop - q_slice.start, kv_slice.stop - kv_slice.start)
+        yield _Sequence(batch, q_slice, kv_slice, q_slice.stop - q_slice.start, kv_slice.stop - kv_slice.start)
 
 
 def _rows(statistic: np.ndarray, sequence: _Sequence, head: int) -> np.ndarray:
     """One head's part of a row statistic: [batch, heads, q_len], or packed [heads, total]."""
-    (index,) = sequence.q_index
+    index = sequence.q_index
     return statistic[head, index] if isinstance(index, slice) else statistic[index, head]
 
 
