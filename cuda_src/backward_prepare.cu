@@ -1,24 +1,49 @@
-// Backward, first step: D = rowsum(dO * O) - dLSE for every query row, one warp a row.
+// Backward, first step: D = rowsum(dO * O) - dLSE for every query row.
 // (dS = P * (dP - D): the row sum of the softmax's derivative, and what a gradient of LSE adds to it.)
+//
+// A thread block takes TILE.rows tokens with all their heads, which usually lie one after the other in memory. LANES
+// neighbouring threads share a row, TILE.vector bytes each at a time.
 #include "copy.cuh"
 
 constexpr int DV = SPEC.head_dim_v;
+constexpr int WIDTH = TILE.vector / ELEMENT_BYTES;  // elements a thread loads at once
 
-extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) backward_prepare(const __grid_constant__ Params p) {
-    const long long index = static_cast<long long>(blockIdx.x) * TILE.warps + threadIdx.x / 32;
-    const int head = index % p.heads;
-    const int row = index / p.heads % p.q_len;
-    const int batch = index / p.heads / p.q_len;
-    if (batch >= (SPEC.packed ? 1 : p.batch)) return;
+__device__ constexpr int lanes_of_row() {  // the power of two that covers a row, a warp at most
+    int lanes = 1;
+    while (lanes < 32 && lanes * WIDTH < DV) lanes *= 2;
+    return lanes;
+}
+constexpr int LANES = lanes_of_row();
 
-    const Element* dO_gmem = head_rows(p.dout, batch, row, head);
-    const Element* O_gmem = head_rows(p.out, batch, row, head);
-    float sum = 0.0f;
-    for (int col = threadIdx.x % 32; col < DV; col += 32) sum += to_float(dO_gmem[col]) * to_float(O_gmem[col]);
+struct alignas(TILE.vector) Piece {
+    Element x[WIDTH];
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) backward_prepare(const __grid_constant__ Params p) {
+    const int rows = (SPEC.packed ? 1 : p.batch) * p.q_len;
+    const int first = blockIdx.x * TILE.rows, heads = p.heads, pairs = min(TILE.rows, rows - first) * heads;
+    const int lane = threadIdx.x % LANES;
+    // A loop of whole warps, so that the shuffles below always find their partners.
+#pragma unroll 4
+    for (int start = 0; start < pairs; start += THREADS / LANES) {
+        const int pair = start + threadIdx.x / LANES;
+        const int token = first + min(pair, pairs - 1) / heads, head = min(pair, pairs - 1) % heads;
+        const int batch = token / p.q_len, row = token % p.q_len;
+        const Element* dO_gmem = head_rows(p.dout, batch, row, head);
+        const Element* O_gmem = head_rows(p.out, batch, row, head);
+        float sum = 0.0f;
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, distance);
-    if (threadIdx.x % 32 == 0) {
-        if (p.dlse.data != nullptr) sum -= *statistic_rows(p.dlse, batch, row, head);
-        *statistic_rows(p.delta, batch, row, head) = sum;
+        for (int col = lane * WIDTH; col < DV; col += LANES * WIDTH) {
+            const Piece dO = *reinterpret_cast<const Piece*>(dO_gmem + col);
+            const Piece O = *reinterpret_cast<const Piece*>(O_gmem + col);
+#pragma unroll
+            for (int i = 0; i < WIDTH; ++i) sum += to_float(dO.x[i]) * to_float(O.x[i]);
+        }
+#pragma unroll
+        for (int distance = LANES / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, distance);
+        if (lane == 0 && pair < pairs) {
+            if (p.dlse.data != nullptr) sum -= *statistic_rows(p.dlse, batch, row, head);
+            *statistic_rows(p.delta, batch, row, head) = sum;
+        }
     }
 }

@@ -1,6 +1,8 @@
 // Barriers of Hopper kernels, one PTX instruction a wrapper: mbarriers in shared memory between TMA, producer and
-// consumers, named barriers between warpgroups, and the registers that a warpgroup hands over.
+// consumers, named barriers between warps, and the registers that a warpgroup hands over.
 #pragma once
+
+#include "spec.cuh"
 
 // `arrivals` arrivals complete a phase.
 __device__ __forceinline__ void barrier_init(unsigned int barrier, int arrivals) {
@@ -35,6 +37,32 @@ __device__ __forceinline__ void barrier_wait(unsigned int barrier, unsigned int 
     while (!barrier_try_wait(barrier, parity)) {
     }
 }
+
+// A place in a ring of buffers and the parity of its barriers' phase.
+template <int STAGES = TILE.stages>
+struct Ring {
+    int stage = 0;
+    unsigned int parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Named barrier `id` (1 to 15) of `threads` threads: those that wait, and those that only say that they came.
+__device__ __forceinline__ void named_barrier_wait(int id, int threads) {
+    asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+    asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// What this thread wrote to shared memory is seen by TMA and wgmma of those whom it tells by a barrier.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Give registers back to, or take them from, the pool of the thread block; a whole warpgroup, one branch a role.
 template <int REGISTERS>

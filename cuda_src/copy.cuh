@@ -29,8 +29,7 @@ __device__ __forceinline__ void copy_async_wait() {
 #else
 __device__ __forceinline__ void copy_async_16(unsigned int smem_address, const void* gmem, int bytes) {
     const uint4 value = bytes > 0 ? *static_cast<const uint4*>(gmem) : make_uint4(0, 0, 0, 0);
-    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(smem_address), "r"(value.x), "r"(value.y), "r"(value.z),
-                 "r"(value.w));
+    store_shared(smem_address, value.x, value.y, value.z, value.w);
 }
 
 __device__ __forceinline__ void copy_async_4(unsigned int smem_address, const void* gmem, int bytes) {
@@ -75,8 +74,7 @@ __device__ __forceinline__ void load_tile(unsigned int X_smem, const Element* X_
             }
             uint4 value;
             memcpy(&value, chunk, 16);
-            asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(target), "r"(value.x), "r"(value.y),
-                         "r"(value.z), "r"(value.w));
+            store_shared(target, value.x, value.y, value.z, value.w);
         }
     }
 }

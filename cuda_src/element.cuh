@@ -43,6 +43,12 @@ __device__ __forceinline__ unsigned int pack(float low, float high) {
     return packed;
 }
 
+__device__ __forceinline__ float2 unpack(unsigned int packed) {
+    Element pair[2];
+    memcpy(pair, &packed, 4);
+    return make_float2(to_float(pair[0]), to_float(pair[1]));
+}
+
 // A scalar option array that is float32 or has the dtype of q.
 __device__ __forceinline__ float load_scalar(const void* data, long long index, bool is_float32) {
     return is_float32 ? static_cast<const float*>(data)[index] : to_float(static_cast<const Element*>(data)[index]);

@@ -45,33 +45,6 @@ struct Layout {
     __device__ __forceinline__ unsigned int V_empty(int stage) const { return barriers + 40 + 32 * stage; }
 };
 
-// A place in a ring of buffers and the parity of its barriers' phase.
-struct Ring {
-    int stage = 0;
-    unsigned int parity = 0;
-
-    __device__ __forceinline__ void advance() {
-        if (++stage == TILE.stages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
-// Registers that asynchronous products wrote or read are not touched before this point.
-template <int TILES>
-__device__ __forceinline__ void pin(float (&d)[TILES][4]) {
-#pragma unroll
-    for (int i = 0; i < TILES; ++i) asm volatile("" : TILE_1(d, i)::"memory");
-}
-
-template <int STEPS>
-__device__ __forceinline__ void pin(unsigned int (&a)[STEPS][4]) {
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i)
-        asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
-}
-
 __device__ __forceinline__ TileRange tiles_of_work(const Band& band, int q_first, int q_len) {
     return band.kv_tiles(q_first, min(q_first + TILE.rows, q_len) - 1);
 }
@@ -228,7 +201,8 @@ __device__ __forceinline__ void issue_scores(float (&S)[N][4], unsigned int Q_sm
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
         const int in_panel = step % 4 * 2;  // 32 bytes
-        wgmma_ss(S, Q + step / 4 * (Q_PANEL / 16) + in_panel, K + step / 4 * (KV_PANEL / 16) + in_panel, step > 0);
+        wgmma_ss<K_MAJOR>(S, Q + step / 4 * (Q_PANEL / 16) + in_panel, K + step / 4 * (KV_PANEL / 16) + in_panel,
+                          step > 0);
     }
     wgmma_commit();
 }
@@ -238,7 +212,7 @@ __device__ __forceinline__ void issue_output(float (&O)[N_OUT][4], unsigned int 
                                              bool add) {
     const unsigned long long V = tile_descriptor(V_smem, KV_PANEL);
 #pragma unroll
-    for (int step = 0; step < TILE.cols / 16; ++step) wgmma_rs(O, P[step], V + step * 128, add || step > 0);
+    for (int step = 0; step < TILE.cols / 16; ++step) wgmma_rs<MN_MAJOR>(O, P[step], V + step * 128, add || step > 0);
     wgmma_commit();
 }
 

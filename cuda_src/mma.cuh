@@ -53,8 +53,27 @@ __device__ __forceinline__ void load_matrix_x4_transposed(unsigned int (&r)[4], 
                  : "r"(smem_address));
 }
 
+// Four 8 x 8 matrices of 16-bit accumulators to memory, transposed (sm_90); addresses as above.
+__device__ __forceinline__ void store_matrix_x4_transposed(unsigned int smem_address, const unsigned int (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(smem_address), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
 __device__ __forceinline__ unsigned int load_shared_word(unsigned int smem_address) {
     unsigned int word;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(smem_address));
     return word;
+}
+
+__device__ __forceinline__ float2 load_shared_pair(unsigned int smem_address) {
+    float2 pair;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(smem_address));
+    return pair;
+}
+
+__device__ __forceinline__ void store_shared(unsigned int smem_address, unsigned int x, unsigned int y, unsigned int z,
+                                             unsigned int w) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(smem_address), "r"(x), "r"(y), "r"(z), "r"(w)
+                 : "memory");
 }

@@ -22,6 +22,8 @@ struct Params {
     RowStatistic lse;          // natural log of the softmax's denominator
     RowStatistic dlse;         // gradient of the LSE; may be null
     RowStatistic delta;        // D = rowsum(dO * O) - dLSE
+    float* dq_sum;             // dQ / scale of the Hopper backward, zero before it: pieces [batch, heads, q_len / 64,
+                               // head_dim / 64] of [64, 64], each in the order of accumulators; may be null
     const void* alibi_slopes;  // [heads] (batch stride 0) or [batch, heads]
     long long alibi_batch_stride;
     long long alibi_head_stride;

@@ -63,13 +63,14 @@ __device__ __forceinline__ Work find_work(const Params& p, int block, int tiles,
         work.exists = work.tile * TILE_ROWS < own_len;
     } else {
         int pair = block / tiles;  // of batch and head
-        if constexpr (SPEC.bounded_right && !BY_KEYS) {
-            // Under a right bound the last queries have the most to do: in each section of heads they go first.
+        if constexpr (SPEC.bounded_right) {
+            // Under a right bound the last queries and the first keys have the most to do: in each section of heads
+            // they go first.
             const int section = block / (p.section_heads * tiles);
             const int first = section * p.section_heads, within = block - first * tiles;
             const int pairs = min(p.section_heads, heads * p.batch - first);
             pair = first + within % pairs;
-            tile = tiles - 1 - within / pairs;
+            tile = BY_KEYS ? within / pairs : tiles - 1 - within / pairs;
         }
         const int batch = pair / heads;
         work.head = pair % heads;

@@ -24,3 +24,17 @@ __device__ __forceinline__ void load_tile_tma(unsigned int X_smem, const TensorM
         "l"(&map), "r"(barrier), "r"(0), "r"(row), "r"(head), "r"(batch), "l"(policy)
         : "memory");
 }
+
+// X_gmem += X_smem for `bytes` bytes of float32, each element atomically.
+__device__ __forceinline__ void reduce_add_bulk(float* X_gmem, unsigned int X_smem, int bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(X_gmem),
+                 "r"(X_smem), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Wait until all of this thread's committed groups have read their shared memory, or are complete.
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }

@@ -3,7 +3,7 @@
 // do.
 #pragma once
 
-#include "spec.cuh"
+#include "element.cuh"
 
 // Accumulator tiles i and on as asm operands.
 #define TILE_1(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
@@ -11,6 +11,20 @@
 #define TILES_8(d, i) TILES_4(d, i), TILES_4(d, i + 4)
 #define TILES_16(d, i) TILES_8(d, i), TILES_8(d, i + 8)
 #define TILES_32(d, i) TILES_16(d, i), TILES_16(d, i + 16)
+
+// Registers that asynchronous products wrote or read are not touched before this point.
+template <int TILES>
+__device__ __forceinline__ void pin(float (&d)[TILES][4]) {
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) asm volatile("" : TILE_1(d, i)::"memory");
+}
+
+template <int STEPS>
+__device__ __forceinline__ void pin(unsigned int (&a)[STEPS][4]) {
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i)
+        asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
+}
 
 // Registers of accumulators and operands that were touched are visible to the products that follow.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -33,6 +47,13 @@ __device__ __forceinline__ unsigned long long tile_descriptor(unsigned int smem_
            1ull << 62;
 }
 
+// The same without swizzle, for a K-major operand of 8 columns that stands for both halves of a contraction of 16: rows
+// of 16 bytes one after the other.
+__device__ __forceinline__ unsigned long long narrow_descriptor(unsigned int smem_address) {
+    return static_cast<unsigned long long>((smem_address & 0x3FFFF) >> 4) | static_cast<unsigned long long>(128 >> 4)
+                                                                                << 32;
+}
+
 // The names of the first accumulator registers.
 #define REGISTERS_32                                                         \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -50,55 +71,69 @@ __device__ __forceinline__ unsigned long long tile_descriptor(unsigned int smem_
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// The instruction with A in shared memory (K-major) and B in shared memory, K-major; %A, %B and %P are the numbers of
-// the operands that follow the accumulators.
-#define WGMMA_SS(TYPE, N, REGISTERS, TILES, A, B, P)                                                               \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #P ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
-                 "." TYPE " {" REGISTERS "}, %" #A ", %" #B ", p, 1, 1, 0, 0; }"                                   \
-                 : TILES(d, 0)                                                                                     \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+// How B lies in shared memory: K_MAJOR with the contraction contiguous, MN_MAJOR with its columns.
+enum Major { K_MAJOR = 0, MN_MAJOR = 1 };
 
-// The same with A in registers and B MN-major.
-#define WGMMA_RS(TYPE, N, REGISTERS, TILES, A0, A1, A2, A3, B, P)                                                  \
+// The instruction with A (K-major) and B in shared memory; %A, %B, %P and %T are the numbers of the operands that
+// follow the accumulators.
+#define WGMMA_SS(TYPE, N, REGISTERS, TILES, A, B, P, T)                                                            \
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #P ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
-                 "." TYPE " {" REGISTERS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, 1; }"     \
+                 "." TYPE " {" REGISTERS "}, %" #A ", %" #B ", p, 1, 1, 0, %" #T "; }"                             \
                  : TILES(d, 0)                                                                                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
+                 : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(static_cast<int>(MAJOR)))
+
+// The same with A in registers.
+#define WGMMA_RS(TYPE, N, REGISTERS, TILES, A0, A1, A2, A3, B, P, T)                                                 \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #P ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE   \
+                 "." TYPE " {" REGISTERS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, %" #T "; }" \
+                 : TILES(d, 0)                                                                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)),                   \
+                   "n"(static_cast<int>(MAJOR)))
 
 // d [64, 8 TILES] = A B, or += with `add`. Asynchronous: see wgmma_commit.
-template <int TILES>
+template <Major MAJOR, int TILES>
 __device__ __forceinline__ void wgmma_ss(float (&d)[TILES][4], unsigned long long a, unsigned long long b, bool add) {
     constexpr bool BFLOAT16 = SPEC.dtype == Dtype::bfloat16;
     if constexpr (TILES == 8 && BFLOAT16) {
-        WGMMA_SS("bf16", 64, REGISTERS_32, TILES_8, 32, 33, 34);
+        WGMMA_SS("bf16", 64, REGISTERS_32, TILES_8, 32, 33, 34, 35);
     } else if constexpr (TILES == 8) {
-        WGMMA_SS("f16", 64, REGISTERS_32, TILES_8, 32, 33, 34);
+        WGMMA_SS("f16", 64, REGISTERS_32, TILES_8, 32, 33, 34, 35);
     } else if constexpr (BFLOAT16) {
         static_assert(TILES == 16);
-        WGMMA_SS("bf16", 128, REGISTERS_64, TILES_16, 64, 65, 66);
+        WGMMA_SS("bf16", 128, REGISTERS_64, TILES_16, 64, 65, 66, 67);
     } else {
         static_assert(TILES == 16);
-        WGMMA_SS("f16", 128, REGISTERS_64, TILES_16, 64, 65, 66);
+        WGMMA_SS("f16", 128, REGISTERS_64, TILES_16, 64, 65, 66, 67);
     }
 }
 
-template <int TILES>
+template <Major MAJOR, int TILES>
 __device__ __forceinline__ void wgmma_rs(float (&d)[TILES][4], const unsigned int (&a)[4], unsigned long long b,
                                          bool add) {
     constexpr bool BFLOAT16 = SPEC.dtype == Dtype::bfloat16;
     if constexpr (TILES == 8 && BFLOAT16) {
-        WGMMA_RS("bf16", 64, REGISTERS_32, TILES_8, 32, 33, 34, 35, 36, 37);
+        WGMMA_RS("bf16", 64, REGISTERS_32, TILES_8, 32, 33, 34, 35, 36, 37, 38);
     } else if constexpr (TILES == 8) {
-        WGMMA_RS("f16", 64, REGISTERS_32, TILES_8, 32, 33, 34, 35, 36, 37);
+        WGMMA_RS("f16", 64, REGISTERS_32, TILES_8, 32, 33, 34, 35, 36, 37, 38);
     } else if constexpr (TILES == 16 && BFLOAT16) {
-        WGMMA_RS("bf16", 128, REGISTERS_64, TILES_16, 64, 65, 66, 67, 68, 69);
+        WGMMA_RS("bf16", 128, REGISTERS_64, TILES_16, 64, 65, 66, 67, 68, 69, 70);
     } else if constexpr (TILES == 16) {
-        WGMMA_RS("f16", 128, REGISTERS_64, TILES_16, 64, 65, 66, 67, 68, 69);
+        WGMMA_RS("f16", 128, REGISTERS_64, TILES_16, 64, 65, 66, 67, 68, 69, 70);
     } else if constexpr (BFLOAT16) {
         static_assert(TILES == 32);
-        WGMMA_RS("bf16", 256, REGISTERS_128, TILES_32, 128, 129, 130, 131, 132, 133);
+        WGMMA_RS("bf16", 256, REGISTERS_128, TILES_32, 128, 129, 130, 131, 132, 133, 134);
     } else {
         static_assert(TILES == 32);
-        WGMMA_RS("f16", 256, REGISTERS_128, TILES_32, 128, 129, 130, 131, 132, 133);
+        WGMMA_RS("f16", 256, REGISTERS_128, TILES_32, 128, 129, 130, 131, 132, 133, 134);
+    }
+}
+
+// Accumulators, rounded to the left operand of the next product.
+template <int TILES>
+__device__ __forceinline__ void pack_all(unsigned int (&packed)[TILES / 2][4], const float (&d)[TILES][4]) {
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+        packed[i / 2][i % 2 * 2] = pack(d[i][0], d[i][1]);
+        packed[i / 2][i % 2 * 2 + 1] = pack(d[i][2], d[i][3]);
     }
 }

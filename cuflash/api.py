@@ -216,6 +216,7 @@ def flash_attention_backward(
         dsinks,
         call.extras,
         accumulate=accumulate,
+        lean=memory == "lean",
     )
     # Handing arrays to another library comes after the launches: its stream then waits for what they write.
     handed = {name: arrays.like(targets[name], q if array is None else array) for name, array in given.items()}

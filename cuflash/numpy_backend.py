@@ -67,8 +67,12 @@ def backward(
     extras: Extras,
     *,
     accumulate: bool,
+    lean: bool,
 ) -> None:
-    """Write (or with `accumulate` add) the gradients into dq, dk, dv; dsinks [heads] is always written."""
+    """Write (or with `accumulate` add) the gradients into dq, dk, dv; dsinks [heads] is always written.
+
+    There is one way, which is lean.
+    """
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         if not accumulate:
             _clear_outside(extras.cu_seqlens_q, dq)

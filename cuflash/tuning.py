@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cuflash.errors import UnsupportedError
 from cuflash.spec import Spec, Tile
 
@@ -69,7 +71,6 @@ _PORTABLE = {
 }
 # 32 rows a warp instead of 16 halve the reads of K and V; the registers suffice where the score stage is short.
 _PLAIN = {("forward_portable", 2, 64): (128, 64, 2, 4, 1, 1)}
-_ROWWISE = Tile(rows=1, cols=1, warps=8)  # kernels that work row by row
 # Tiles of the Hopper forward as (rows, cols, stages, warps, p_sets), by head dimension: a producer warpgroup and one
 # for every 64 rows. Registers: a lane keeps cols / 2 of S, cols / 4 of each set of P and head_dim / 2 of O, of 240 (160
 # with three warpgroups); a long score stage leaves fewer.
@@ -81,12 +82,32 @@ _HOPPER_FORWARD_LONG = {
     64: (128, 128, 2, 12, 1),
     128: (128, 128, 2, 12, 1),
 }
+# Tiles of the Hopper backward as (rows, cols, stages, warps), by head dimension: a producer warpgroup and two that
+# compute. Registers of a lane in dK, dV: head_dim for both, rows / 2 each for S and dP, rows / 4 for P and as much for
+# dS; in dQ: head_dim / 2 for it, cols / 2 each for S and dP, cols / 4 for dS.
+_HOPPER_BACKWARD = {
+    64: (128, 128, 2, 12),
+    128: (64, 128, 2, 12),
+}
+_HOPPER_BACKWARD_DQ = {
+    64: (128, 128, 2, 12),
+    128: (128, 64, 2, 12),
+}
+# Kernels of which there is one tile: tokens with all their heads, the rows of a head in turn, a piece of dQ.
+_FIXED = {
+    "backward_prepare": Tile(rows=4, cols=1, warps=8),
+    "backward_sinks": Tile(rows=1, cols=1, warps=8),
+    "backward_finish": Tile(rows=64, cols=64, warps=4),
+}
 _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, head_dim_v and packed
     "forward_portable": ("bounded_left", "bounded_right", "softcap", "alibi", "sinks", "dropout", "allow_tf32"),
     "forward_hopper": ("bounded_left", "bounded_right", "softcap", "alibi", "sinks", "dropout"),
     "backward_portable_dkv": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "allow_tf32"),
     "backward_portable_dq": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "allow_tf32"),
+    "backward_hopper": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "deterministic"),
+    "backward_hopper_dq": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout"),
     "backward_prepare": (),
+    "backward_finish": (),
     "backward_sinks": ("sinks",),
 }
 
@@ -108,20 +129,22 @@ def check_supported(spec: Spec, path: int) -> None:
             raise UnsupportedError(f"{name}: got head_dim {dim}; the kernels go to {MAX_HEAD_DIM}: pass NumPy arrays")
 
 
-def kernels_of(spec: Spec, *, backward: bool) -> tuple[str, ...]:
-    """The portable kernels that one call launches, in order. (A forward may get a Hopper kernel instead.)"""
+def kernels_of(spec: Spec, *, backward: bool, hopper: bool = False) -> tuple[str, ...]:
+    """The kernels that one call launches, in order; `hopper` where the Hopper kernels serve it."""
     if not backward:
-        return ("forward_portable",)
-    sinks = ("backward_sinks",) if spec.sinks else ()
-    return ("backward_prepare", *sinks, "backward_portable_dkv", "backward_portable_dq")
+        return ("forward_hopper",) if hopper else ("forward_portable",)
+    first = ("backward_prepare", "backward_sinks") if spec.sinks else ("backward_prepare",)
+    if not hopper:
+        return (*first, "backward_portable_dkv", "backward_portable_dq")
+    return (*first, "backward_hopper", "backward_hopper_dq" if spec.deterministic else "backward_finish")
 
 
-def has_hopper_forward(spec: Spec) -> bool:
-    """Whether the Hopper kernel serves a forward on sm_90a, as far as the Spec decides."""
+def has_hopper(spec: Spec, *, backward: bool) -> bool:
+    """Whether the Hopper kernels serve a call on sm_90a, as far as the Spec decides."""
     return (
         spec.dtype in ("float16", "bfloat16")
         and spec.head_dim == spec.head_dim_v
-        and spec.head_dim in _HOPPER_FORWARD
+        and spec.head_dim in (_HOPPER_BACKWARD if backward else _HOPPER_FORWARD)
         and not spec.packed
     )
 
@@ -130,22 +153,28 @@ def _long_score_stage(spec: Spec) -> bool:
     return spec.softcap or spec.alibi or spec.dropout
 
 
-def hopper_tile(spec: Spec) -> Tile:
-    """The tile of the Hopper forward."""
-    table = _HOPPER_FORWARD_LONG if _long_score_stage(spec) else _HOPPER_FORWARD
-    rows, cols, stages, warps, p_sets = table[spec.head_dim]
-    return Tile(rows=rows, cols=cols, stages=stages, warps=warps, blocks=1, p_sets=p_sets)
-
-
-def portable_tile(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int | None = None) -> Tile:
-    """The tile of one of the portable kernels on a code path; `vector` is the width of its copies in bytes.
+def tile_of(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int | None = None) -> Tile:
+    """The tile of a kernel on a code path; `vector` is the width of its copies in bytes.
 
     `shared_limit` is what a thread block of the GPU may have; by default what the path's own GPUs give.
     """
+    if kernel == "forward_hopper":
+        table = _HOPPER_FORWARD_LONG if _long_score_stage(spec) else _HOPPER_FORWARD
+        rows, cols, stages, warps, p_sets = table[spec.head_dim]
+        return Tile(rows=rows, cols=cols, stages=stages, warps=warps, blocks=1, p_sets=p_sets, vector=vector)
+    if kernel in ("backward_hopper", "backward_hopper_dq"):
+        table = _HOPPER_BACKWARD if kernel == "backward_hopper" else _HOPPER_BACKWARD_DQ
+        rows, cols, stages, warps = table[spec.head_dim]
+        return Tile(rows=rows, cols=cols, stages=stages, warps=warps, blocks=1, vector=vector)
+    if kernel in _FIXED:
+        return replace(_FIXED[kernel], vector=vector)
+    return _portable_tile(kernel, spec, path, vector, shared_limit)
+
+
+def _portable_tile(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int | None) -> Tile:
+    """The tile of one of the portable kernels."""
     element_bytes = 4 if spec.dtype == "float32" else 2
-    table = _PORTABLE.get((kernel, element_bytes))
-    if table is None:
-        return _ROWWISE
+    table = _PORTABLE[kernel, element_bytes]
     reach = next(dim for dim in table if max(spec.head_dim, spec.head_dim_v) <= dim)
     candidates = table[reach]
     limit = SHARED_MEMORY.get(path, min(SHARED_MEMORY.values())) if shared_limit is None else shared_limit
@@ -166,6 +195,16 @@ def shared_bytes(kernel: str, spec: Spec, tile: Tile) -> int:
     if kernel == "forward_hopper":  # tiles without padding, and two barriers for Q and four a stage
         tiles = tile.rows * spec.head_dim + tile.stages * tile.cols * (spec.head_dim + spec.head_dim_v)
         return tiles * element_bytes + 16 + 32 * tile.stages
+    if kernel == "backward_hopper_dq":  # likewise, with dO beside Q
+        tiles = (tile.rows + tile.stages * tile.cols) * (spec.head_dim + spec.head_dim_v)
+        return tiles * element_bytes + 16 + 32 * tile.stages
+    if (
+        kernel == "backward_hopper"
+    ):  # LSE and D in 16 bytes a row; dS in a ring, and dQ in float32, one piece a warpgroup
+        tiles = (tile.cols + tile.stages * tile.rows) * (spec.head_dim + spec.head_dim_v)
+        slots = 0 if spec.deterministic else 3 if tile.rows == 64 else 2
+        sums = slots * tile.rows * tile.cols * element_bytes + (slots > 0) * 2 * 64 * 64 * 4
+        return tiles * element_bytes + tile.stages * tile.rows * 16 + sums + 64 + 32 * tile.stages
 
     def pitch(dim: int) -> int:  # row_pitch of cuda_src/product.cuh
         step = 16 * tile.split

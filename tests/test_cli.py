@@ -21,7 +21,7 @@ import pytest
 import cuflash
 from cuflash import cli
 from cuflash.cuda import cache, jit, toolchain
-from cuflash.cuda.precompile import Job, Precompiled, portable_jobs
+from cuflash.cuda.precompile import Job, Precompiled, jobs_of
 from cuflash.cuda.toolchain import Target
 from cuflash.demo import bench, compilation, doctor, driver, exactness, gpu, machine
 from cuflash.demo.driver import Driver, Gpu
@@ -366,13 +366,17 @@ def test_doctor_shows_the_kernel_and_tile_of_common_problems(
         [dtype, dim] for dtype in ("float16", "bfloat16", "float32") for dim in ("64", "128", "256")
     ]
     spec = Spec(dtype="float32", head_dim=256, head_dim_v=256, bounded_right=True)
-    tile = cuflash.tuning.portable_tile("backward_portable_dq", spec, 900, 16)
+    tile = cuflash.tuning.tile_of("backward_portable_dq", spec, 900, 16)
     assert rows[-1].endswith(f"backward_portable_dq {tile.rows}x{tile.cols}/{tile.stages}/{tile.warps}")
     assert all(row.split()[2].startswith("forward_") and row.count("forward_") == 1 for row in rows)
-    assert all("backward_portable_dkv " in row for row in rows)
     for row, (dtype, dim) in zip(rows, gpu._TABLE, strict=True):
-        hopper = cuflash.tuning.has_hopper_forward(Spec(dtype=dtype, head_dim=dim, head_dim_v=dim, bounded_right=True))
-        assert ("forward_hopper " in row) == hopper
+        spec = Spec(dtype=dtype, head_dim=dim, head_dim_v=dim, bounded_right=True)
+        for backward, name, otherwise in (
+            (False, "forward_hopper ", "forward_portable "),
+            (True, "backward_hopper ", "backward_portable_dkv "),
+        ):
+            hopper = cuflash.tuning.has_hopper(spec, backward=backward)
+            assert [name in row, otherwise in row] == [hopper, not hopper]
     monkeypatch.setenv("CUFLASH_FORCE_ARCH", "sm_75")
     found = doctors_lines(capsys, 1)
     assert found["code path"] == "the sm_75 path in code for sm_90a (CUFLASH_FORCE_ARCH)"
@@ -493,7 +497,7 @@ def test_compile_asks_for_what_a_call_will_ask_for(asked: list[Job], capsys: pyt
         for dtype, dim, causal in itertools.product(("float16", "bfloat16"), (64, 128), (False, True))
     ]
     targets = [Target.named(arch) for arch in ("sm_80", "sm_90a")]
-    assert set(asked) == {job for spec in specs for target in targets for job in portable_jobs(spec, target)}
+    assert set(asked) == {job for spec in specs for target in targets for job in jobs_of(spec, target)}
     assert len(set(asked)) == len(asked)
     assert f"{len(asked)} kernels for sm_80, sm_90a into the kernel cache" in capsys.readouterr().out
 
@@ -596,7 +600,7 @@ def test_compiled_kernels_are_found_without_a_compiler(
     monkeypatch.setenv("CUFLASH_PRECOMPILED", str(folder))
     monkeypatch.delenv("CUFLASH_DUMP", raising=False)
     spec = Spec(dtype="float16", head_dim=8, head_dim_v=8, bounded_right=True)
-    for name, known, tile, target in portable_jobs(spec, Target.named("sm_75")):
+    for name, known, tile, target in jobs_of(spec, Target.named("sm_75")):
         assert jit._cubin(name, known, tile, target).startswith(b"\x7fELF")
 
 

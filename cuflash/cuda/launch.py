@@ -1,7 +1,8 @@
 """Launches of the kernels on CuPy arrays: parameters, grids, workspace.
 
-Everything runs on the current stream of the arrays' device, without a synchronisation; the workspace, one float32 a
-query row in the backward, comes from CuPy's pool. A kernel is compiled at its first use (cuflash.cuda.jit).
+Everything runs on the current stream of the arrays' device, without a synchronisation; the workspace of the backward,
+one float32 a query row and, where the Hopper kernel sums dQ, one float32 an element of q, comes from CuPy's pool. A
+kernel is compiled at its first use (cuflash.cuda.jit).
 
 What a call launches depends on its Problem, on strides and on alignment, and is prepared once (`_prepared`); a further
 call fills in its pointers.
@@ -15,6 +16,7 @@ import os
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ logger = logging.getLogger("cuflash")
 MAX_LENGTH = 2**29  # tokens: positions and bounds are 32-bit integers in the kernels
 _UNBOUNDED = 2**30 - 1024  # a mask's bound beyond every position
 _MAX_BLOCKS = 2**31 - 1
+_SECTION_BYTES = 2**25  # of the L2 cache
 _SHARED_SIZE_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 # struct Params of cuda_src/params.cuh: arrays are a pointer and strides, then the scalars, all naturally aligned.
@@ -40,7 +43,7 @@ PARAMS = (
       for field in ("data", "batch_stride", "row_stride", "head_stride")),
     *((f"{name}.{field}", "P" if field == "data" else "q") for name in _STATISTICS
       for field in ("data", "batch_stride", "head_stride")),
-    ("alibi_slopes", "P"), ("alibi_batch_stride", "q"), ("alibi_head_stride", "q"),
+    ("dq_sum", "P"), ("alibi_slopes", "P"), ("alibi_batch_stride", "q"), ("alibi_head_stride", "q"),
     ("sinks", "P"), ("sinks_stride", "q"), ("dsinks", "P"),
     ("cu_seqlens_q", "P"), ("cu_seqlens_k", "P"), ("seed", "Q"),
     *((name, "i") for name in ("batch", "heads", "group", "q_len", "kv_len", "q_tiles", "kv_tiles", "section_heads",
@@ -56,7 +59,8 @@ PARAMS_OFFSETS = {
 }
 _POINTER = struct.Struct("@P")
 # The arrays of a call, in this order everywhere below, and where their pointers lie.
-_ARRAYS = (*_TENSORS, *_STATISTICS, "dsinks", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
+_ARRAYS = (*_TENSORS, *_STATISTICS, "dsinks", "dq_sum", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
+_DQ_SUM = _ARRAYS.index("dq_sum")
 _POINTERS = tuple(PARAMS_OFFSETS.get(name, PARAMS_OFFSETS.get(f"{name}.data", -1)) for name in _ARRAYS)
 
 
@@ -69,9 +73,9 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, like: Any) -> Any:
 
 def forward(problem: Problem, q: Any, k: Any, v: Any, out: Any, lse: Any, extras: Extras) -> None:
     """Write out and lse; the arrays as for cuflash.numpy_backend.forward, on one GPU."""
-    arrays = (q, k, v, out, None, None, None, None, lse, None, None, None, *extras)
+    arrays = (q, k, v, out, None, None, None, None, lse, None, None, None, None, *extras)
     with _on_device(q):
-        _run(problem, arrays, backward=False, accumulate=False)
+        _run(problem, arrays, backward=False)
 
 
 def backward(
@@ -90,18 +94,20 @@ def backward(
     extras: Extras,
     *,
     accumulate: bool,
+    lean: bool,
 ) -> None:
     """Write (or add) the gradients; the arrays as for cuflash.numpy_backend.backward, on one GPU.
 
-    D and dsinks first, then dK and dV, then dQ. Nothing is atomic: the gradients are bitwise reproducible.
+    D and dsinks first, then dK and dV, then dQ. Only the sum of dQ of the Hopper kernel is atomic: where the Spec is
+    deterministic, `lean` is asked for, or other kernels serve the call, the gradients are bitwise reproducible.
     """
     cupy = toolchain.import_cupy()
     with _on_device(q):
         delta = cupy.empty(lse.shape, lse.dtype)
+        arrays = (q, k, v, out, dout, dq, dk, dv, lse, dlse, delta, dsinks, None, *extras)
+        workspace = _run(problem, arrays, backward=True, accumulate=accumulate, lean=lean)
         if cupy.cuda.get_current_stream().is_capturing():
-            _CAPTURED.append(delta)  # a graph goes on using it after this call
-        arrays = (q, k, v, out, dout, dq, dk, dv, lse, dlse, delta, dsinks, *extras)
-        _run(problem, arrays, backward=True, accumulate=accumulate)
+            _CAPTURED.extend((delta, workspace))  # a graph goes on using them after this call
 
 
 _CAPTURED: list[Any] = []  # workspace of calls inside captured graphs
@@ -124,11 +130,21 @@ class _Launch(NamedTuple):
     kernel: _Kernel
     blocks: int
     params: bytes
-    map_rows: tuple[int, ...]  # rows of the tiles of q, k, v that tensor maps describe; none for other kernels
-    maps: dict[tuple[int, ...], list[np.ndarray]]  # and the maps, by the pointers of q, k, v
+    mapped: tuple[tuple[int, int], ...]  # the arrays that tensor maps describe, as indices, and the rows of their tiles
+    maps: dict[tuple[int, ...], list[np.ndarray]]  # and the maps, by the arrays' pointers
 
 
-def _run(problem: Problem, arrays: tuple[Any, ...], *, backward: bool, accumulate: bool) -> None:
+class _Prepared(NamedTuple):
+    """What a call launches, and the float32 elements of dq_sum that it needs."""
+
+    launches: list[_Launch]
+    sum_size: int
+
+
+def _run(
+    problem: Problem, arrays: tuple[Any, ...], *, backward: bool, accumulate: bool = False, lean: bool = False
+) -> Any:
+    """Launch a call; its dq_sum, or None."""
     pointers = [0 if array is None else array.data.ptr for array in arrays]
     together = 0
     for pointer in pointers[: len(_TENSORS)]:
@@ -137,78 +153,100 @@ def _run(problem: Problem, arrays: tuple[Any, ...], *, backward: bool, accumulat
         problem,
         backward,
         accumulate,
+        lean,
         arrays[0].data.device_id,
         together % 16 == 0,
         os.environ.get("CUFLASH_FORCE_ARCH"),
         tuple([None if array is None else (array.strides, array.dtype) for array in arrays]),
     )
-    launches = _PREPARED.get(key)
-    if launches is None:
+    prepared = _PREPARED.get(key)
+    if prepared is None:
         if len(_PREPARED) > 4096:
             _PREPARED.clear()
-        launches = _PREPARED[key] = _prepared(problem, arrays, backward, accumulate, together % 16 == 0)
-    for kernel, blocks, template, map_rows, maps in launches:
+        prepared = _PREPARED[key] = _prepare(problem, arrays, backward, accumulate, lean, together % 16 == 0)
+    dq_sum = None
+    if prepared.sum_size:
+        cupy = toolchain.import_cupy()
+        dq_sum = cupy.empty(prepared.sum_size, np.float32)
+        dq_sum.data.memset_async(0, dq_sum.nbytes)
+        pointers[_DQ_SUM] = dq_sum.data.ptr
+    for kernel, blocks, template, mapped, maps in prepared.launches:
         params = bytearray(template)
         for offset, pointer in zip(_POINTERS, pointers, strict=True):
             if pointer:
                 _POINTER.pack_into(params, offset, pointer)
         arguments = [np.frombuffer(params, dtype=_PARAMS_DTYPE)]
-        if map_rows:
-            place = tuple(pointers[:3])
-            if place not in maps:
+        if mapped:
+            place = tuple([pointers[index] for index, _ in mapped])
+            found = maps.get(place)
+            if found is None:
                 if len(maps) > 256:
                     maps.clear()
-                maps[place] = [tensor_map.tile_map(*pair) for pair in zip(arrays, map_rows, strict=False)]
-            arguments += maps[place]
+                found = maps[place] = [tensor_map.tile_map(arrays[index], rows) for index, rows in mapped]
+            arguments += found
         kernel.function((blocks, 1, 1), (32 * kernel.tile.warps, 1, 1), arguments, kernel.shared_bytes)
+    return dq_sum
 
 
-_PREPARED: dict[Any, list[_Launch]] = {}
+_PREPARED: dict[Any, _Prepared] = {}
 _PARAMS_DTYPE = np.dtype(f"V{PARAMS_STRUCT.size}")  # CuPy passes an array of one element by value
 
 
-def _prepared(
-    problem: Problem, arrays: tuple[Any, ...], backward: bool, accumulate: bool, aligned: bool
-) -> list[_Launch]:
+def _prepare(
+    problem: Problem, arrays: tuple[Any, ...], backward: bool, accumulate: bool, lean: bool, aligned: bool
+) -> _Prepared:
     """The launches of a call, their kernels compiled (several at the same time) and loaded."""
     device = arrays[0].data.device_id
     target = toolchain.device_target(device)
     tuning.check_supported(problem.spec, target.path)
     if max(problem.q_len, problem.kv_len) > MAX_LENGTH:
         raise UnsupportedError(f"q, k: got lengths {problem.q_len} and {problem.kv_len}; the kernels go to 2^29 tokens")
-    names = tuning.kernels_of(problem.spec, backward=backward)
-    if not backward and _takes_hopper(problem, target, arrays[:4]):
-        names = ("forward_hopper",)
+    named: dict[str, Any] = dict(zip(_ARRAYS, arrays, strict=True))
+    hopper = _takes_hopper(problem, target, named, backward)
+    # dQ by a kernel of its own needs no workspace, and is what deterministic gradients need too.
+    spec = replace(problem.spec, deterministic=problem.spec.deterministic or lean)
+    names = tuning.kernels_of(spec, backward=backward, hopper=hopper)
     vector = _vector(problem.spec, arrays[: len(_TENSORS)]) if aligned else _element_bytes(problem.spec)
-    jobs = [(name, tuning.kernel_spec(name, problem.spec), vector, target, device) for name in names]
+    jobs = [(name, tuning.kernel_spec(name, spec), vector, target, device) for name in names]
     if len(jobs) == 1:
         kernels = [_kernel(*jobs[0])]
     else:
         with ThreadPoolExecutor(len(jobs)) as pool:
             kernels = list(pool.map(lambda job: _kernel(*job), jobs))
-    launches = []
+    # The tile whose rows divide the queries of dq_sum is that of the kernel that adds to it.
+    rows = {name: kernel.tile.rows for name, kernel in zip(names, kernels, strict=True)}
+    launches, sum_size = [], 0
     for name, kernel in zip(names, kernels, strict=True):
-        logger.debug("%s %s for %s on device %d", name, kernel.tile, problem.spec, device)
-        blocks = _blocks(name, problem, kernel.tile, device)
+        logger.debug("%s %s for %s on device %d", name, kernel.tile, spec, device)
+        q_tiles = _tiles(problem, problem.q_len, kernel.tile.rows)
+        if name == "backward_finish":
+            q_tiles = (
+                _tiles(problem, problem.q_len, rows["backward_hopper"]) * rows["backward_hopper"] // kernel.tile.rows
+            )
+            sum_size = problem.batch * problem.heads * q_tiles * kernel.tile.rows * spec.head_dim
+        blocks = _blocks(name, problem, kernel.tile, device, q_tiles)
         if blocks > _MAX_BLOCKS:
             raise UnsupportedError(f"q: got a problem of {blocks} tiles; the kernels go to 2^31 - 1: split the batch")
         if blocks:
-            map_rows = (kernel.tile.rows, kernel.tile.cols, kernel.tile.cols) if name == "forward_hopper" else ()
-            named: dict[str, Any] = dict(zip(_ARRAYS, arrays, strict=True))
-            # As many heads as fill the multiprocessors once share a section: their K and V stay in the L2 cache.
-            tiles = _tiles(problem, problem.q_len, kernel.tile.rows)
-            section_heads = max(1, round(_multiprocessors(device) / tiles)) if name == "forward_hopper" else 1
-            params = _params(problem, kernel.tile, named, section_heads, accumulate)
-            launches.append(_Launch(kernel, blocks, params, map_rows, {}))
-    return launches
+            section_heads = _section_heads(name, problem, device, q_tiles)
+            params = _params(problem, kernel.tile, named, q_tiles, section_heads, accumulate)
+            mapped = tuple((_ARRAYS.index(array), getattr(kernel.tile, side)) for array, side in _MAPPED.get(name, ()))
+            launches.append(_Launch(kernel, blocks, params, mapped, {}))
+    return _Prepared(launches, sum_size)
+
+
+# The arrays that a kernel loads by tensor maps, in the order of its arguments, and the side of its tile they follow.
+_OPERANDS = (("q", "rows"), ("k", "cols"), ("v", "cols"))
+_MAPPED = {
+    "forward_hopper": _OPERANDS,
+    "backward_hopper": (*_OPERANDS, ("dout", "rows")),
+    "backward_hopper_dq": (*_OPERANDS, ("dout", "rows")),
+}
 
 
 @lru_cache(maxsize=4096)
 def _kernel(name: str, spec: Spec, vector: int, target: toolchain.Target, device: int) -> _Kernel:
-    if name == "forward_hopper":
-        tile = tuning.hopper_tile(spec)
-    else:
-        tile = tuning.portable_tile(name, spec, target.path, vector, _shared_limit(device))
+    tile = tuning.tile_of(name, spec, target.path, vector, _shared_limit(device))
     shared_bytes = tuning.shared_bytes(name, spec, tile)
     cupy = toolchain.import_cupy()
     with cupy.cuda.Device(device):  # this may be a thread of its own
@@ -228,14 +266,27 @@ def _multiprocessors(device: int) -> int:
     return toolchain.import_cupy().cuda.Device(device).attributes["MultiProcessorCount"]
 
 
-def _takes_hopper(problem: Problem, target: toolchain.Target, tensors: tuple[Any, ...]) -> bool:
-    """Whether a forward gets the Hopper kernel: its maximum needs a positive scale, its copies aligned rows."""
+def _takes_hopper(problem: Problem, target: toolchain.Target, arrays: dict[str, Any], backward: bool) -> bool:
+    """Whether a call gets the Hopper kernels: they need a positive scale and what tensor maps can express."""
     return (
         target == toolchain.Target.named("sm_90a")
-        and tuning.has_hopper_forward(problem.spec)
+        and tuning.has_hopper(problem.spec, backward=backward)
         and problem.scale > 0
-        and all(tensor.size and tensor_map.expressible(tensor) for tensor in tensors)
+        and all(
+            arrays[name].size and tensor_map.expressible(arrays[name])
+            for name in ("q", "k", "v", "dout" if backward else "out")
+        )
     )
+
+
+def _section_heads(name: str, problem: Problem, device: int, q_tiles: int) -> int:
+    """How many heads' tiles are worked on together, so that what their blocks share stays in the L2 cache."""
+    if name in ("forward_hopper", "backward_hopper_dq"):  # as many as fill the multiprocessors once
+        return max(1, round(_multiprocessors(device) / q_tiles))
+    if name == "backward_hopper":  # Q and dO of a group's heads
+        head_bytes = 2 * problem.q_len * (problem.spec.head_dim + problem.spec.head_dim_v) * problem.group
+        return max(1, _SECTION_BYTES // head_bytes)
+    return 1
 
 
 def _element_bytes(spec: Spec) -> int:
@@ -263,10 +314,11 @@ def _tiles(problem: Problem, length: int, rows: int) -> int:
     return length // rows + problem.batch + 1 if problem.spec.packed else -(-length // rows)
 
 
-def _blocks(name: str, problem: Problem, tile: Tile, device: int) -> int:
+def _blocks(name: str, problem: Problem, tile: Tile, device: int, q_tiles: int) -> int:
     """Thread blocks of a kernel's grid."""
     batch = 1 if problem.spec.packed else problem.batch  # packed sequences share one range of tiles
-    q_blocks = _tiles(problem, problem.q_len, tile.rows) * problem.heads * batch
+    q_blocks = q_tiles * problem.heads * batch
+    kv_blocks = _tiles(problem, problem.kv_len, tile.cols) * problem.kv_heads * batch
     uneven = problem.spec.bounded_left or problem.spec.bounded_right
     counts: dict[str, Callable[[], int]] = {
         "forward_portable": lambda: q_blocks,
@@ -275,15 +327,20 @@ def _blocks(name: str, problem: Problem, tile: Tile, device: int) -> int:
         "forward_hopper": lambda: (
             q_blocks if uneven and q_blocks > 8 * problem.heads * batch else min(q_blocks, _multiprocessors(device))
         ),
-        "backward_prepare": lambda: -(-problem.q_len * problem.heads * batch // tile.warps),
+        "backward_prepare": lambda: -(-problem.q_len * batch // tile.rows),
         "backward_sinks": lambda: problem.heads,
-        "backward_portable_dkv": lambda: _tiles(problem, problem.kv_len, tile.cols) * problem.kv_heads * batch,
+        "backward_portable_dkv": lambda: kv_blocks,
         "backward_portable_dq": lambda: q_blocks,
+        "backward_hopper": lambda: kv_blocks,
+        "backward_hopper_dq": lambda: q_blocks,
+        "backward_finish": lambda: q_blocks * (problem.spec.head_dim // tile.cols),
     }
     return counts[name]()
 
 
-def _params(problem: Problem, tile: Tile, arrays: dict[str, Any], section_heads: int, accumulate: bool) -> bytes:
+def _params(
+    problem: Problem, tile: Tile, arrays: dict[str, Any], q_tiles: int, section_heads: int, accumulate: bool
+) -> bytes:
     """struct Params with null pointers."""
     mask = problem.mask
     left, right = (_UNBOUNDED if side is None else min(side, _UNBOUNDED) for side in (mask.left, mask.right))
@@ -308,7 +365,7 @@ def _params(problem: Problem, tile: Tile, arrays: dict[str, Any], section_heads:
         "group": problem.group,
         "q_len": problem.q_len,
         "kv_len": problem.kv_len,
-        "q_tiles": _tiles(problem, problem.q_len, tile.rows),
+        "q_tiles": q_tiles,
         "kv_tiles": _tiles(problem, problem.kv_len, tile.cols),
         "section_heads": section_heads,
         "left": left,

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -23,21 +23,22 @@ from cuflash.spec import Spec, Tile
 Job: TypeAlias = tuple[str, Spec, Tile, Target]  # the kernel's name and what its variant depends on
 
 
-def portable_jobs(spec: Spec, target: Target, vector: int = 16) -> list[Job]:
+def jobs_of(spec: Spec, target: Target, vector: int = 16) -> list[Job]:
     """The jobs of one Spec, forward and backward, for rows aligned to `vector` bytes: every kernel a call may get.
 
     Raises UnsupportedError where the target's kernels cannot do it.
     """
     tuning.check_supported(spec, target.path)
-    jobs = []
+    jobs: dict[Job, None] = {}  # each once, in order
     for backward in (False, True):
-        for name in tuning.kernels_of(spec, backward=backward):
-            known = tuning.kernel_spec(name, spec)
-            jobs.append((name, known, tuning.portable_tile(name, known, target.path, vector), target))
-    if target == Target.named("sm_90a") and tuning.has_hopper_forward(spec):
-        known = tuning.kernel_spec("forward_hopper", spec)
-        jobs.append(("forward_hopper", known, tuning.hopper_tile(known), target))
-    return jobs
+        families = [(spec, False)]  # strides decide whether a call gets the Hopper kernels
+        if target == Target.named("sm_90a") and tuning.has_hopper(spec, backward=backward):
+            families += [(spec, True), (replace(spec, deterministic=True), True)]  # or "lean"
+        for wanted, hopper in families:
+            for name in tuning.kernels_of(wanted, backward=backward, hopper=hopper):
+                known = tuning.kernel_spec(name, wanted)
+                jobs[name, known, tuning.tile_of(name, known, target.path, vector), target] = None
+    return list(jobs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cuflash
-from cuflash.cuda.precompile import Job, portable_jobs, precompile
+from cuflash.cuda.precompile import Job, jobs_of, precompile
 from cuflash.cuda.toolchain import ARCHS, Target, capability_target
 from cuflash.demo.driver import driver
 from cuflash.errors import UnsupportedError
@@ -105,7 +105,7 @@ def _jobs(target: Target, dtype: str, dims: tuple[int, int], options: tuple[str,
     """The jobs of every Spec; none, and a message, for what the architecture cannot do."""
     try:
         for spec in _specs(dtype, dims, options):
-            yield from portable_jobs(spec, target, _vector(spec))
+            yield from jobs_of(spec, target, _vector(spec))
     except UnsupportedError as error:
         print(f"skipped {dtype} of head_dim {_dims(dims)} for {target.arch}: {error}", file=sys.stderr)
 

@@ -11,8 +11,8 @@ from itertools import product
 from pathlib import Path
 from types import ModuleType
 
+from cuflash import tuning
 from cuflash.cuda import cache, toolchain
-from cuflash.cuda.precompile import portable_jobs
 from cuflash.cuda.toolchain import ARCHS, Target
 from cuflash.demo import machine
 from cuflash.demo.driver import Gpu, driver
@@ -144,13 +144,16 @@ def _kernels(dtype: str, head_dim: int, target: Target) -> str:
     """Name and tile of each kernel of a causal problem with aligned rows, or why there is none."""
     spec = Spec(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim, bounded_right=True)
     try:
-        jobs = portable_jobs(spec, target)
+        tuning.check_supported(spec, target.path)
     except UnsupportedError as error:
         return f"none: {error}"
-    tiles = {name: tile for name, _, tile, _ in jobs if tile.rows > 1}  # the others go over rows: nothing to choose
-    taken = [name for name in tiles if name.replace("portable", "hopper") not in tiles or name.endswith("hopper")]
-    taken.sort(key=lambda name: not name.startswith("forward"))
-    cells = [f"{name} {tiles[name].rows}x{tiles[name].cols}/{tiles[name].stages}/{tiles[name].warps}" for name in taken]
+    cells = []
+    for backward in (False, True):
+        hopper = target == Target.named("sm_90a") and tuning.has_hopper(spec, backward=backward)
+        for name in tuning.kernels_of(spec, backward=backward, hopper=hopper):
+            tile = tuning.tile_of(name, tuning.kernel_spec(name, spec), target.path, 16)
+            if name not in ("backward_prepare", "backward_finish"):  # those have nothing to choose
+                cells.append(f"{name} {tile.rows}x{tile.cols}/{tile.stages}/{tile.warps}")
     return "  ".join(f"{cell:<32}" for cell in cells).rstrip()
 
 

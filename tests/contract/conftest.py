@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def compiled(request: pytest.FixtureRequest) -> None:
     """Compile what the collected GPU cases need, in parallel, before the first of them runs."""
     from cuflash.cuda import toolchain
-    from cuflash.cuda.precompile import portable_jobs, precompile
+    from cuflash.cuda.precompile import jobs_of, precompile
 
     jobs = []
     with pytest.MonkeyPatch.context() as patch:
@@ -55,7 +55,7 @@ def compiled(request: pytest.FixtureRequest) -> None:
             backend, case = parameters.get("backend"), parameters.get("prepared")
             if backend is not None and case is not None and backend.forced_arch is not None:
                 patch.setenv("CUFLASH_FORCE_ARCH", backend.forced_arch)
-                jobs += portable_jobs(spec_of(case), toolchain.device_target(0), vector_of(case))
+                jobs += jobs_of(spec_of(case), toolchain.device_target(0), vector_of(case))
     outcome = precompile(jobs)
     assert not outcome.failed, outcome.failed[0]
 

@@ -11,7 +11,7 @@ import pytest
 
 from cuflash import UnsupportedError, tuning
 from cuflash.cuda import jit, launch, toolchain
-from cuflash.cuda.precompile import portable_jobs
+from cuflash.cuda.precompile import jobs_of
 from cuflash.cuda.toolchain import Target, resources
 from cuflash.spec import Spec
 
@@ -63,7 +63,7 @@ def test_every_option_at_once(arch: str) -> None:
     target = Target.named(arch)
     dtypes = ("float16",) if arch == "sm_75" else ("bfloat16", "float32")
     specs = [_spec(dtype, dim, **EVERYTHING) for dtype, dim in product(dtypes, HEAD_DIMS)]
-    _check([job for spec in specs for job in portable_jobs(spec, target)])
+    _check([job for spec in specs for job in jobs_of(spec, target)])
 
 
 @pytest.mark.usefixtures("compiler")
@@ -71,26 +71,26 @@ def test_every_option_at_once(arch: str) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_plain_and_causal(arch: str, dtype: str) -> None:
     specs = [_spec(dtype, dim, bounded_right=causal) for dim, causal in product(HEAD_DIMS, (False, True))]
-    _check([job for spec in specs for job in portable_jobs(spec, Target.named(arch))])
+    _check([job for spec in specs for job in jobs_of(spec, Target.named(arch))])
 
 
 @pytest.mark.usefixtures("compiler")
 def test_other_dims_alignments_and_tf32() -> None:
     target = Target.named("sm_80")
-    jobs = portable_jobs(_spec("bfloat16", 72, 40, bounded_right=True), target)
-    jobs += portable_jobs(_spec("float16", 136, 8), target)
-    jobs += portable_jobs(_spec("float32", 8, 200), target)
-    jobs += portable_jobs(_spec("bfloat16", 33, 65, bounded_right=True), target, vector=2)
-    jobs += portable_jobs(_spec("float32", 33, 65, bounded_right=True), target, vector=4)
-    jobs += portable_jobs(_spec("float32", 128, allow_tf32=True), target)
-    jobs += portable_jobs(_spec("float16", 40), Target.named("sm_75"), vector=2)
+    jobs = jobs_of(_spec("bfloat16", 72, 40, bounded_right=True), target)
+    jobs += jobs_of(_spec("float16", 136, 8), target)
+    jobs += jobs_of(_spec("float32", 8, 200), target)
+    jobs += jobs_of(_spec("bfloat16", 33, 65, bounded_right=True), target, vector=2)
+    jobs += jobs_of(_spec("float32", 33, 65, bounded_right=True), target, vector=4)
+    jobs += jobs_of(_spec("float32", 128, allow_tf32=True), target)
+    jobs += jobs_of(_spec("float16", 40), Target.named("sm_75"), vector=2)
     _check(jobs)
 
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("path", [750, 800])
 def test_forced_paths_compile_for_a_newer_gpu(path: int) -> None:
-    jobs = portable_jobs(_spec("float16", 128, **EVERYTHING), Target("sm_90a", path))
+    jobs = jobs_of(_spec("float16", 128, **EVERYTHING), Target("sm_90a", path))
     _check(jobs)
 
 
@@ -98,7 +98,7 @@ def test_forced_paths_compile_for_a_newer_gpu(path: int) -> None:
 def test_params_are_packed_as_the_kernels_read_them() -> None:
     target = Target.named("sm_80")
     spec = tuning.kernel_spec("backward_prepare", PLAIN)
-    text = jit.source("backward_prepare", spec, tuning.portable_tile("backward_prepare", spec, target.path, 16))
+    text = jit.source("backward_prepare", spec, tuning.tile_of("backward_prepare", spec, target.path, 16))
     checks = [f"static_assert(sizeof(Params) == {launch.PARAMS_STRUCT.size});"]
     for name, offset in launch.PARAMS_OFFSETS.items():
         checks.append(f"static_assert(__builtin_offsetof(Params, {name}) == {offset});")
@@ -114,7 +114,7 @@ def test_every_head_dim_has_a_tile_that_fits() -> None:
         for dtype, head_dim, head_dim_v in product(dtypes, range(1, 257, 5), (1, 8, 64, 128, 129, 192, 256)):
             for name in tuning.kernels_of(PLAIN, backward=False) + tuning.kernels_of(PLAIN, backward=True):
                 spec = _spec(dtype, head_dim, head_dim_v)
-                tile = tuning.portable_tile(name, spec, path, 16)
+                tile = tuning.tile_of(name, spec, path, 16)
                 assert tuning.shared_bytes(name, spec, tile) <= limit
                 assert path >= 800 or tile.stages == 1
                 counts[name] += 1
@@ -123,10 +123,10 @@ def test_every_head_dim_has_a_tile_that_fits() -> None:
 
 def test_shared_memory_sums() -> None:
     spec = _spec("bfloat16", 128)
-    tile = tuning.portable_tile("forward_portable", spec, 800, 16)
+    tile = tuning.tile_of("forward_portable", spec, 800, 16)
     row = 128 * 2 + 16  # a row of 128 bfloat16 and its padding
     assert tuning.shared_bytes("forward_portable", spec, tile) == row * (tile.rows + 2 * tile.stages * tile.cols)
-    tile = tuning.portable_tile("backward_portable_dkv", spec, 800, 16)
+    tile = tuning.tile_of("backward_portable_dkv", spec, 800, 16)
     expected = 2 * row * tile.cols + tile.stages * (2 * row + 8) * tile.rows
     assert tuning.shared_bytes("backward_portable_dkv", spec, tile) == expected
 

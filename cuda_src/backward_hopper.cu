@@ -1,0 +1,522 @@
+// Backward attention for sm_90a with TMA and wgmma. With P = e^(S - LSE), dP = dO V^T and dS = P (dP - D):
+//
+//   dV = P^T dO    dK = scale dS^T Q    dQ = scale dS K
+//
+// A thread block keeps a tile of TILE.cols keys of one kv head and steps over the tiles of TILE.rows queries of the
+// heads of its group. Two warpgroups own 64 keys each and compute everything transposed, [keys, queries], so that P^T
+// and dS^T are accumulators that become the left operands of dV and dK without leaving registers. dQ sums over keys:
+// both warpgroups put dS into shared memory, each multiplies one piece [64, 64] of dS K, and a warp adds the piece to a
+// float32 sum in global memory by bulk copies (backward_finish.cu makes dQ of it). The product of a step's dS with K is
+// issued one step later, so that no warpgroup waits for the other: out of phase, one's exponentials run under the
+// other's products.
+//
+// With SPEC.deterministic dQ is left to backward_hopper_dq.cu, and nothing is atomic.
+#include "backward_stage.cuh"
+#include "barrier.cuh"
+#include "copy.cuh"
+#include "tma.cuh"
+#include "wgmma.cuh"
+
+constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
+constexpr bool WITH_DQ = !SPEC.deterministic;
+constexpr int GROUPS = 2;              // warpgroups that compute
+constexpr int R = TILE.rows;           // queries a step
+constexpr int N = R / 8;               // accumulator tiles across S^T and dP^T
+constexpr int PIECE = 64 * 64;         // elements of a piece of dQ
+constexpr int PIECES_ACROSS = D / 64;  // of a row of dQ
+constexpr int DS_SLOTS = R == 64 ? 3 : 2;
+constexpr int Q_PANEL = R * 128, KV_PANEL = TILE.cols * 128;  // bytes of 64 columns
+constexpr int K_BYTES = D / 64 * KV_PANEL, V_BYTES = DV / 64 * KV_PANEL;
+constexpr int Q_BYTES = D / 64 * Q_PANEL, DO_BYTES = DV / 64 * Q_PANEL;
+constexpr int DS_BYTES = R * TILE.cols * 2, DQ_BYTES = PIECE * 4, STATISTIC_BYTES = R * 16;
+constexpr int PRODUCER_REGISTERS = D == 64 ? 40 : 24, MATH_REGISTERS = D == 64 ? 232 : 240;
+static_assert(TILE.cols == 64 * GROUPS && TILE.warps == 4 * (GROUPS + 1) && D % 64 == 0 && DV % 64 == 0);
+static_assert(!WITH_DQ || R / 64 * PIECES_ACROSS == GROUPS, "each warpgroup makes one piece of dQ a step");
+
+// Whether P does not need dP, so that it is computed while the tensor cores work on dP.
+constexpr bool EARLY_P = !SPEC.softcap && !SPEC.dropout;
+// Whether the products subtract LSE and D: one step more of their contraction, of ones and of the statistics in three
+// bfloat16 terms, gives S - LSE / scale and dP - D. float16 has not the range.
+constexpr bool FOLD = EARLY_P && !SPEC.alibi && SPEC.dtype == Dtype::bfloat16;
+constexpr int V_STEPS = FOLD && R == 64 ? 2 : 0;  // steps of dP whose part of V stays in registers
+constexpr float NEVER = 1e30f;                    // as the LSE of a row outside the sequence: P = 0
+
+enum NamedBarrier { FIRST_DONE = 1, DQ_FULL = 2, DQ_EMPTY = 4 };  // and one more for the second warpgroup
+
+// Where everything lies in shared memory.
+struct Layout {
+    unsigned int K, V, Q, dO, dS, dQ, statistics, barriers;
+
+    __device__ __forceinline__ explicit Layout(unsigned int start)
+        : K(start),
+          V(K + K_BYTES),
+          Q(V + V_BYTES),
+          dO(Q + TILE.stages * Q_BYTES),
+          dS(dO + TILE.stages * DO_BYTES),
+          dQ(dS + WITH_DQ * DS_SLOTS * DS_BYTES),
+          statistics(dQ + WITH_DQ * GROUPS * DQ_BYTES),
+          barriers(statistics + TILE.stages * STATISTIC_BYTES) {}
+
+    __device__ __forceinline__ unsigned int K_full() const { return barriers; }
+    __device__ __forceinline__ unsigned int V_full() const { return barriers + 8; }
+    __device__ __forceinline__ unsigned int dS_full(int slot) const { return barriers + 16 + 16 * slot; }
+    __device__ __forceinline__ unsigned int dS_empty(int slot) const { return barriers + 24 + 16 * slot; }
+    __device__ __forceinline__ unsigned int Q_full(int stage) const { return barriers + 64 + 32 * stage; }
+    __device__ __forceinline__ unsigned int dO_full(int stage) const { return barriers + 72 + 32 * stage; }
+    __device__ __forceinline__ unsigned int statistics_full(int stage) const { return barriers + 80 + 32 * stage; }
+    __device__ __forceinline__ unsigned int empty(int stage) const { return barriers + 88 + 32 * stage; }
+};
+
+// The steps of a tile of keys: the tiles of queries that may attend to it, of every head of its group.
+struct Steps {
+    TileRange tiles;
+    int head, last_head;  // query heads
+    int tile;
+
+    __device__ __forceinline__ Steps(const Work& work, const Band& band, int group)
+        : tiles(band.q_tiles(work.tile * TILE.cols, min((work.tile + 1) * TILE.cols, band.kv_len) - 1)),
+          head(work.head * group),
+          last_head(tiles.first < tiles.last ? head + group : head),
+          tile(tiles.first) {}
+
+    __device__ __forceinline__ bool more() const { return head < last_head; }
+    __device__ __forceinline__ void advance() {
+        if (++tile == tiles.last) {
+            tile = tiles.first;
+            ++head;
+        }
+    }
+};
+
+// One thread: the copies of K and V once, of Q and dO for every step.
+__device__ __forceinline__ void load(const Params& p, const TensorMap& Q_map, const TensorMap& K_map,
+                                     const TensorMap& V_map, const TensorMap& dO_map, const Layout& smem,
+                                     const Work& work, Steps steps) {
+    const int kv_first = work.tile * TILE.cols, batch = work.sequence.batch;
+    Ring ring;
+    for (bool first = true; steps.more(); steps.advance(), first = false) {
+        const int stage = ring.stage, q_first = steps.tile * R;
+        if (first) {
+            barrier_expect(smem.K_full(), K_BYTES);
+            load_tile_tma(smem.K, K_map, smem.K_full(), kv_first, work.head, batch, EVICT_FIRST);
+        }
+        barrier_wait(smem.empty(stage), ring.parity ^ 1);
+        barrier_expect(smem.Q_full(stage), Q_BYTES);
+        load_tile_tma(smem.Q + stage * Q_BYTES, Q_map, smem.Q_full(stage), q_first, steps.head, batch, EVICT_LAST);
+        if (first) {
+            barrier_expect(smem.V_full(), V_BYTES);
+            load_tile_tma(smem.V, V_map, smem.V_full(), kv_first, work.head, batch, EVICT_FIRST);
+        }
+        barrier_expect(smem.dO_full(stage), DO_BYTES);
+        load_tile_tma(smem.dO + stage * DO_BYTES, dO_map, smem.dO_full(stage), q_first, steps.head, batch, EVICT_LAST);
+        ring.advance();
+    }
+}
+
+// x = hi + mid + lo to 24 bits, each a bfloat16.
+__device__ __forceinline__ void split(float x, float (&term)[3]) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+        term[i] = __bfloat162float(__float2bfloat16_rn(x));
+        x = i == 0 && isinf(x) ? 0.0f : x - term[i];
+    }
+}
+
+// One warp: LSE and D of every step's rows, as the math warpgroups take them.
+__device__ __forceinline__ void load_statistics(const Params& p, const Layout& smem, const Sequence& sequence,
+                                                Steps steps) {
+    const int lane = threadIdx.x % 32;
+    Ring ring;
+    for (; steps.more(); steps.advance()) {
+        const int q_first = steps.tile * R, rows = sequence.q_len - q_first;
+        const float* lse_gmem = statistic_rows(p.lse, sequence.batch, sequence.q_start + q_first, steps.head);
+        const float* delta_gmem = statistic_rows(p.delta, sequence.batch, sequence.q_start + q_first, steps.head);
+        float lse[R / 32], delta[R / 32];
+#pragma unroll
+        for (int i = 0; i < R / 32; ++i) {
+            const int row = lane + 32 * i;
+            lse[i] = row < rows ? lse_gmem[row] : MINUS_INFINITY;
+            delta[i] = row < rows ? delta_gmem[row] : 0.0f;
+        }
+        barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
+#pragma unroll
+        for (int i = 0; i < R / 32; ++i) {
+            const unsigned int row_smem = smem.statistics + ring.stage * STATISTIC_BYTES + (lane + 32 * i) * 16;
+            const float reference = lse[i] == MINUS_INFINITY ? NEVER : lse[i];  // a row that attends to nothing
+            if constexpr (FOLD) {
+                float s[3], d[3];
+                split(-reference / p.scale, s);
+                split(-delta[i], d);
+                store_shared(row_smem, pack(s[0], s[1]), pack(s[2], d[0]), pack(d[1], d[2]), 0u);
+            } else {
+                store_shared(row_smem, __float_as_uint(reference * UNIT), __float_as_uint(delta[i]), 0u, 0u);
+            }
+        }
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(smem.statistics_full(ring.stage));
+        ring.advance();
+    }
+}
+
+// One warp for each warpgroup: its piece of dQ of every step is added to the sum in global memory.
+__device__ __forceinline__ void add_dq(const Params& p, const Layout& smem, const Sequence& sequence, Steps steps,
+                                       int warpgroup) {
+    const unsigned int piece_smem = smem.dQ + warpgroup * DQ_BYTES;
+    const long long tiles = static_cast<long long>(sequence.batch) * p.heads * p.q_tiles;
+    named_barrier_arrive(DQ_EMPTY + warpgroup, 160);
+    while (steps.more()) {
+        const long long piece = (tiles + steps.head * p.q_tiles + steps.tile) * GROUPS + warpgroup;
+        steps.advance();
+        named_barrier_wait(DQ_FULL + warpgroup, 160);
+        if (threadIdx.x % 32 == 0) {
+            reduce_add_bulk(p.dq_sum + piece * PIECE, piece_smem, DQ_BYTES);
+            bulk_commit();
+            bulk_wait_read();
+        }
+        __syncwarp();
+        if (steps.more()) named_barrier_arrive(DQ_EMPTY + warpgroup, 160);
+    }
+    bulk_wait();
+}
+
+// A step's operands: addresses in shared memory.
+struct Stage {
+    unsigned int Q, dO, statistics;
+};
+
+// S^T = K Q^T  [64, rows], asynchronous; with FOLD minus LSE / scale.
+__device__ __forceinline__ void issue_scores(float (&S)[N][4], unsigned int K_smem, const Stage& stage,
+                                             const unsigned int (&ones)[4]) {
+    const unsigned long long K = tile_descriptor(K_smem, 16), Q = tile_descriptor(stage.Q, 16);
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+        const int in_panel = step % 4 * 2;  // 32 bytes
+        wgmma_ss<K_MAJOR>(S, K + step / 4 * (KV_PANEL / 16) + in_panel, Q + step / 4 * (Q_PANEL / 16) + in_panel,
+                          step > 0);
+    }
+    if constexpr (FOLD) wgmma_rs<K_MAJOR>(S, ones, narrow_descriptor(stage.statistics), true);
+    wgmma_commit();
+}
+
+// dP^T = V dO^T  [64, rows], asynchronous; with FOLD minus D.
+__device__ __forceinline__ void issue_dp(float (&dP)[N][4], unsigned int V_smem,
+                                         const unsigned int (&V_frag)[V_STEPS + 1][4], const Stage& stage,
+                                         const unsigned int (&ones)[4]) {
+    const unsigned long long V = tile_descriptor(V_smem, 16), dO = tile_descriptor(stage.dO, 16);
+#pragma unroll
+    for (int step = 0; step < DV / 16; ++step) {
+        const int in_panel = step % 4 * 2;
+        const unsigned long long dO_step = dO + step / 4 * (Q_PANEL / 16) + in_panel;
+        if (step < V_STEPS) {
+            wgmma_rs<K_MAJOR>(dP, V_frag[step < V_STEPS ? step : 0], dO_step, step > 0);
+        } else {
+            wgmma_ss<K_MAJOR>(dP, V + step / 4 * (KV_PANEL / 16) + in_panel, dO_step, step > 0);
+        }
+    }
+    if constexpr (FOLD) wgmma_rs<K_MAJOR>(dP, ones, narrow_descriptor(stage.statistics), true);
+    wgmma_commit();
+}
+
+// X += A B  [64, 8 TILES], A [64, rows] in registers and B [rows, 8 TILES] in shared memory, asynchronous.
+template <int TILES>
+__device__ __forceinline__ void issue_gradient(float (&X)[TILES][4], unsigned int (&A)[N / 2][4], unsigned int B_smem,
+                                               bool add) {
+    const unsigned long long B = tile_descriptor(B_smem, Q_PANEL);
+#pragma unroll
+    for (int step = 0; step < R / 16; ++step) wgmma_rs<MN_MAJOR>(X, A[step], B + step * 128, add || step > 0);
+}
+
+// A warpgroup's piece of dQ = dS K  [64, 64], asynchronous.
+__device__ __forceinline__ void issue_dq(float (&dQ)[8][4], unsigned int dS_smem, unsigned int K_smem, int warpgroup) {
+    const unsigned long long dS = tile_descriptor(dS_smem + warpgroup / PIECES_ACROSS * 64 * 128, 16);
+    const unsigned long long K = tile_descriptor(K_smem + warpgroup % PIECES_ACROSS * KV_PANEL, KV_PANEL);
+#pragma unroll
+    for (int step = 0; step < TILE.cols / 16; ++step) {
+        wgmma_ss<MN_MAJOR>(dQ, dS + step / 4 * (Q_PANEL / 16) + step % 4 * 2, K + step * 128, step > 0);
+    }
+    wgmma_commit();
+}
+
+// The elementwise stage of one warpgroup.
+struct Elementwise {
+    const Band& band;
+    int warp_kv;  // the first key of this warp
+
+    // LSE and D of this lane's two columns of accumulator tile n, in turn.
+    __device__ __forceinline__ static float4 statistics(const Stage& stage, int n) {
+        const unsigned int row_smem = stage.statistics + (8 * n + threadIdx.x % 4 * 2) * 16;
+        const float2 even = load_shared_pair(row_smem), odd = load_shared_pair(row_smem + 16);
+        return make_float4(even.x, even.y, odd.x, odd.y);
+    }
+
+    __device__ __forceinline__ int q_index(int q_first, int n, int r) const {
+        return q_first + 8 * n + threadIdx.x % 4 * 2 + r % 2;
+    }
+
+    __device__ __forceinline__ int kv_index(int r) const { return warp_kv + threadIdx.x % 32 / 4 + r / 2 * 8; }
+
+    // S becomes P.
+    __device__ __forceinline__ void probabilities(float (&S)[N][4], const Scores& scores, const Stage& stage,
+                                                  int q_first, bool cut) const {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            float4 reference;
+            if constexpr (!FOLD) reference = statistics(stage, n);
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                if constexpr (FOLD) {
+                    S[n][r] = exp2_approximate(S[n][r] * scores.factor);
+                } else {
+                    float derivative;
+                    const float exponent = scores.exponent(S[n][r], q_index(q_first, n, r), kv_index(r), derivative);
+                    S[n][r] = exponential(exponent - (r % 2 ? reference.z : reference.x));
+                }
+            }
+        }
+        if (cut) {
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+#pragma unroll
+                for (int r = 0; r < 4; ++r) {
+                    if (!band.allows(q_index(q_first, n, r), kv_index(r))) S[n][r] = 0.0f;
+                }
+            }
+        }
+    }
+
+    // dP becomes dS = P (dP - D), with P as it was rounded for dV.
+    __device__ __forceinline__ void score_gradients(float (&dP)[N][4], const unsigned int (&P)[N / 2][4],
+                                                    const Stage& stage) const {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            float4 reference;
+            if constexpr (!FOLD) reference = statistics(stage, n);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float2 pair = unpack(P[n / 2][n % 2 * 2 + half]);
+                float (&x)[4] = dP[n];
+                x[2 * half] = pair.x * (FOLD ? x[2 * half] : x[2 * half] - reference.y);
+                x[2 * half + 1] = pair.y * (FOLD ? x[2 * half + 1] : x[2 * half + 1] - reference.w);
+            }
+        }
+    }
+
+    // Both at once, where they depend on each other: S becomes P (dropped) and dP becomes dS.
+    __device__ __forceinline__ void both(float (&S)[N][4], float (&dP)[N][4], const Scores& scores,
+                                         const Dropout& dropout, const Stage& stage, int q_first, bool cut) const {
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            float dropped[2][4] = {{1, 1, 1, 1}, {1, 1, 1, 1}};
+            if constexpr (SPEC.dropout) dropout.factors_transposed(dropped, q_first + 8 * n, warp_kv);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float4 reference = statistics(stage, n + half);
+#pragma unroll
+                for (int r = 0; r < 4; ++r) {
+                    differentiate(S[n + half][r], dP[n + half][r], scores, band, cut, q_index(q_first, n + half, r),
+                                  kv_index(r), r % 2 ? reference.z : reference.x, r % 2 ? reference.w : reference.y,
+                                  dropped[half][r]);
+                }
+            }
+        }
+    }
+};
+
+// One warpgroup: dK and dV of 64 keys, and its pieces of dQ.
+__device__ __forceinline__ void differentiate_keys(const Params& p, const Layout& smem, const Work& work,
+                                                   const Band& band, Steps steps, int warpgroup) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const Sequence& sequence = work.sequence;
+    const int kv_first = work.tile * TILE.cols + warpgroup * 64;
+    const unsigned int K_smem = smem.K + warpgroup * 64 * 128, V_smem = smem.V + warpgroup * 64 * 128;
+    const unsigned int piece_smem = smem.dQ + warpgroup * DQ_BYTES + threadIdx.x % 128 * 16;
+    // Where stmatrix puts this warp's part of dS [rows, 64 keys]: lane l gives row l % 8 of matrix l / 8, of two by two
+    // matrices of 8 queries and 8 keys.
+    const int dS_row = lane / 16 * 8 + lane % 8, dS_chunk = 2 * warp + lane / 8 % 2;
+    const unsigned int dS_lane = warpgroup * Q_PANEL + dS_row * 128 + (dS_chunk ^ lane % 8) * 16;
+    const Elementwise elementwise{band, kv_first + warp * 16};
+
+    float dK[D / 8][4], dV[DV / 8][4];
+    if (steps.more()) {
+        unsigned int lse_ones[4] = {}, delta_ones[4] = {};  // [64, 16]: one in columns 0 to 2, and in 3 to 5
+        if constexpr (FOLD) {
+            lse_ones[0] = lse_ones[1] = lane % 4 == 0 ? 0x3F803F80 : lane % 4 == 1 ? 0x00003F80 : 0;
+            delta_ones[0] = delta_ones[1] = lane % 4 == 1 ? 0x3F800000 : lane % 4 == 2 ? 0x3F803F80 : 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(lse_ones[i]), "+r"(delta_ones[i]));
+        }
+        unsigned int V_frag[V_STEPS + 1][4];
+        if constexpr (V_STEPS > 0) {
+            barrier_wait(smem.V_full(), 0);
+#pragma unroll
+            for (int step = 0; step < V_STEPS; ++step) {
+                const int row = warp * 16 + lane % 16, chunk = 2 * step + lane / 16;
+                load_matrix_x4(V_frag[step], V_smem + row * 128 + (chunk ^ row % 8) * 16);
+            }
+        }
+        if (warpgroup == 1) named_barrier_wait(FIRST_DONE, 256);
+        barrier_wait(smem.K_full(), 0);
+        barrier_wait(smem.V_full(), 0);
+        Ring ring;
+        Ring<DS_SLOTS> slot, previous_slot;
+
+        auto finish_dq = [&](float (&dQ)[8][4]) {  // to the warp that adds it
+            pin(dQ);
+            if (lane == 0) barrier_arrive(smem.dS_empty(previous_slot.stage));
+            named_barrier_wait(DQ_EMPTY + warpgroup, 160);
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                store_shared(piece_smem + n * 2048, __float_as_uint(dQ[n][0]), __float_as_uint(dQ[n][1]),
+                             __float_as_uint(dQ[n][2]), __float_as_uint(dQ[n][3]));
+            }
+            fence_async_proxy();
+            named_barrier_arrive(DQ_FULL + warpgroup, 160);
+        };
+
+        auto step = [&](const bool first) {  // a constant where it is inlined
+            const Stage stage{smem.Q + ring.stage * Q_BYTES, smem.dO + ring.stage * DO_BYTES,
+                              smem.statistics + ring.stage * STATISTIC_BYTES};
+            const int q_first = steps.tile * R;
+            const Scores scores(p, sequence.index, steps.head, band.offset);
+            const bool cut = band.cuts(q_first, R, kv_first, 64);
+
+            // S^T and dP^T  [64, rows]
+            float S[N][4], dP[N][4];
+            barrier_wait(smem.Q_full(ring.stage), ring.parity);
+            barrier_wait(smem.statistics_full(ring.stage), ring.parity);
+            wgmma_fence();
+            issue_scores(S, K_smem, stage, lse_ones);
+            barrier_wait(smem.dO_full(ring.stage), ring.parity);
+            issue_dp(dP, V_smem, V_frag, stage, delta_ones);
+
+            // P^T and dS^T  [64, rows]
+            unsigned int P[N / 2][4], dS[N / 2][4];
+            if constexpr (EARLY_P) {
+                wgmma_wait<1>();
+                pin(S);
+                elementwise.probabilities(S, scores, stage, q_first, cut);
+                pack_all(P, S);
+                pin(P);
+                wgmma_wait<0>();
+                pin(dP);
+                if (first && warpgroup == 0) named_barrier_arrive(FIRST_DONE, 256);
+                elementwise.score_gradients(dP, P, stage);
+            } else {
+                wgmma_wait<0>();
+                pin(S);
+                pin(dP);
+                if (first && warpgroup == 0) named_barrier_arrive(FIRST_DONE, 256);
+                elementwise.both(S, dP, scores, Dropout(p, sequence.index, steps.head), stage, q_first, cut);
+                pack_all(P, S);
+            }
+            pack_all(dS, dP);
+
+            // dS to shared memory  [rows, 64]
+            if constexpr (WITH_DQ) {
+                barrier_wait(smem.dS_empty(slot.stage), slot.parity ^ 1);
+#pragma unroll
+                for (int i = 0; i < R / 16; ++i) {
+                    store_matrix_x4_transposed(smem.dS + slot.stage * DS_BYTES + dS_lane + i * 2048, dS[i]);
+                }
+                fence_async_proxy();
+                __syncwarp();
+                if (lane == 0) barrier_arrive(smem.dS_full(slot.stage));
+            }
+
+            // dQ of the step before, dV += P^T dO  [64, head_dim_v], dK += dS^T Q  [64, head_dim]
+            float dQ[8][4];
+            if (WITH_DQ && !first) {
+                barrier_wait(smem.dS_full(previous_slot.stage), previous_slot.parity);
+                wgmma_fence();
+                issue_dq(dQ, smem.dS + previous_slot.stage * DS_BYTES, smem.K, warpgroup);
+            } else {
+                wgmma_fence();
+            }
+            issue_gradient(dV, P, stage.dO, !first);
+            issue_gradient(dK, dS, stage.Q, !first);
+            wgmma_commit();
+            if (WITH_DQ && !first) {
+                wgmma_wait<1>();
+                finish_dq(dQ);
+            }
+            wgmma_wait<0>();
+            pin(dV);
+            pin(dK);
+            pin(P);
+            pin(dS);
+            if (lane == 0) barrier_arrive(smem.empty(ring.stage));
+            ring.advance();
+            previous_slot = slot;
+            slot.advance();
+            steps.advance();
+        };
+        step(true);
+#pragma unroll 1
+        while (steps.more()) step(false);
+        if constexpr (WITH_DQ) {
+            float dQ[8][4];
+            barrier_wait(smem.dS_full(previous_slot.stage), previous_slot.parity);
+            wgmma_fence();
+            issue_dq(dQ, smem.dS + previous_slot.stage * DS_BYTES, smem.K, warpgroup);
+            wgmma_wait<0>();
+            finish_dq(dQ);
+        }
+    } else {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) dK[n][r] = 0.0f;
+#pragma unroll
+            for (int n = 0; n < DV / 8; ++n) dV[n][r] = 0.0f;
+        }
+    }
+
+    const int kv_row = kv_first + warp * 16, rows = sequence.kv_len - kv_row;  // that exist
+    store_gradient<D>(p.dk, p.dk_float32, sequence.batch, sequence.kv_start + kv_row, work.head, rows, 0, dK, p.scale,
+                      p.accumulate);
+    store_gradient<DV>(p.dv, p.dv_float32, sequence.batch, sequence.kv_start + kv_row, work.head, rows, 0, dV, 1.0f,
+                       p.accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    backward_hopper(const __grid_constant__ Params p, const __grid_constant__ TensorMap Q_map,
+                    const __grid_constant__ TensorMap K_map, const __grid_constant__ TensorMap V_map,
+                    const __grid_constant__ TensorMap dO_map) {
+    extern __shared__ __align__(1024) unsigned char smem_start[];
+    const Layout smem(shared_address(smem_start));
+    if (threadIdx.x == 0) {
+        barrier_init(smem.K_full(), 1);
+        barrier_init(smem.V_full(), 1);
+        for (int slot = 0; slot < DS_SLOTS; ++slot) {
+            barrier_init(smem.dS_full(slot), 4 * GROUPS);
+            barrier_init(smem.dS_empty(slot), 4 * GROUPS);
+        }
+        for (int stage = 0; stage < TILE.stages; ++stage) {
+            barrier_init(smem.Q_full(stage), 1);
+            barrier_init(smem.dO_full(stage), 1);
+            barrier_init(smem.statistics_full(stage), 1);
+            barrier_init(smem.empty(stage), 4 * GROUPS);
+        }
+        fence_barrier_init();
+    }
+    __syncthreads();
+
+    const Work work = find_work<TILE.cols, true>(p, blockIdx.x, p.kv_tiles, p.heads / p.group);
+    const Band band(p, work.sequence);
+    const Steps steps(work, band, p.group);
+    const int warp = threadIdx.x / 32;
+    if (warp < 4) {
+        release_registers<PRODUCER_REGISTERS>();
+        if (warp == 0) {
+            if (threadIdx.x == 0) load(p, Q_map, K_map, V_map, dO_map, smem, work, steps);
+        } else if (warp == 2) {
+            load_statistics(p, smem, work.sequence, steps);
+        } else if (WITH_DQ && steps.more()) {
+            add_dq(p, smem, work.sequence, steps, warp / 2);
+        }
+    } else {
+        take_registers<MATH_REGISTERS>();
+        differentiate_keys(p, smem, work, band, steps, warp / 4 - 1);
+    }
+}

@@ -1,0 +1,220 @@
+// Backward attention for sm_90a, dQ by itself: dQ = scale dS K with dS = P (dP - D), P = e^(S - LSE), dP = dO V^T.
+//
+// S and dP are computed again rather than passed on by backward_hopper.cu: two products more, but no workspace and no
+// atomics. A thread block works on a tile of TILE.rows queries of one head and loops over tiles of TILE.cols keys.
+// Warpgroup 0 produces; each other warpgroup owns 64 rows and keeps its part of S, dP and dQ in registers, where dS is
+// the left operand of dQ. The product of a tile's dS with K runs under the next tile's S and dP.
+#include "backward_stage.cuh"
+#include "barrier.cuh"
+#include "copy.cuh"
+#include "tma.cuh"
+#include "wgmma.cuh"
+
+constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
+constexpr int GROUPS = TILE.warps / 4 - 1;                            // warpgroups that compute
+constexpr int N = TILE.cols / 8;                                      // accumulator tiles across S and dP
+constexpr int Q_PANEL = TILE.rows * 128, KV_PANEL = TILE.cols * 128;  // bytes of 64 columns
+constexpr int Q_BYTES = D / 64 * Q_PANEL, DO_BYTES = DV / 64 * Q_PANEL;
+constexpr int K_BYTES = D / 64 * KV_PANEL, V_BYTES = DV / 64 * KV_PANEL;
+static_assert(TILE.rows == 64 * GROUPS && D % 64 == 0 && DV % 64 == 0);
+
+// Where everything lies in shared memory.
+struct Layout {
+    unsigned int Q, dO, K, V, barriers;
+
+    __device__ __forceinline__ explicit Layout(unsigned int start)
+        : Q(start),
+          dO(Q + Q_BYTES),
+          K(dO + DO_BYTES),
+          V(K + TILE.stages * K_BYTES),
+          barriers(V + TILE.stages * V_BYTES) {}
+
+    __device__ __forceinline__ unsigned int Q_full() const { return barriers; }
+    __device__ __forceinline__ unsigned int dO_full() const { return barriers + 8; }
+    __device__ __forceinline__ unsigned int K_full(int stage) const { return barriers + 16 + 32 * stage; }
+    __device__ __forceinline__ unsigned int K_empty(int stage) const { return barriers + 24 + 32 * stage; }
+    __device__ __forceinline__ unsigned int V_full(int stage) const { return barriers + 32 + 32 * stage; }
+    __device__ __forceinline__ unsigned int V_empty(int stage) const { return barriers + 40 + 32 * stage; }
+};
+
+// One thread: all copies, in the order the consumers need them.
+__device__ __forceinline__ void load(const Params& p, const TensorMap& Q_map, const TensorMap& K_map,
+                                     const TensorMap& V_map, const TensorMap& dO_map, const Layout& smem,
+                                     const Work& work, const TileRange& tiles) {
+    const int q_first = work.tile * TILE.rows, kv_head = work.head / p.group, batch = work.sequence.batch;
+    Ring ring;
+    for (int tile = tiles.first; tile < tiles.last; ++tile) {
+        const int stage = ring.stage, kv_first = tile * TILE.cols;
+        if (tile == tiles.first) {
+            barrier_expect(smem.Q_full(), Q_BYTES);
+            load_tile_tma(smem.Q, Q_map, smem.Q_full(), q_first, work.head, batch, EVICT_FIRST);
+        }
+        barrier_wait(smem.K_empty(stage), ring.parity ^ 1);
+        barrier_expect(smem.K_full(stage), K_BYTES);
+        load_tile_tma(smem.K + stage * K_BYTES, K_map, smem.K_full(stage), kv_first, kv_head, batch, EVICT_LAST);
+        if (tile == tiles.first) {
+            barrier_expect(smem.dO_full(), DO_BYTES);
+            load_tile_tma(smem.dO, dO_map, smem.dO_full(), q_first, work.head, batch, EVICT_FIRST);
+        }
+        barrier_wait(smem.V_empty(stage), ring.parity ^ 1);
+        barrier_expect(smem.V_full(stage), V_BYTES);
+        load_tile_tma(smem.V + stage * V_BYTES, V_map, smem.V_full(stage), kv_first, kv_head, batch, EVICT_LAST);
+        ring.advance();
+    }
+}
+
+// X = A B^T  [64, cols], A [64, 16 STEPS] of a tile of queries and B [cols, 16 STEPS] of keys, asynchronous.
+template <int STEPS>
+__device__ __forceinline__ void issue_product(float (&X)[N][4], unsigned int A_smem, unsigned int B_smem) {
+    const unsigned long long A = tile_descriptor(A_smem, 16), B = tile_descriptor(B_smem, 16);
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        const int in_panel = step % 4 * 2;  // 32 bytes
+        wgmma_ss<K_MAJOR>(X, A + step / 4 * (Q_PANEL / 16) + in_panel, B + step / 4 * (KV_PANEL / 16) + in_panel,
+                          step > 0);
+    }
+}
+
+// dQ += dS K  [64, head_dim], asynchronous.
+__device__ __forceinline__ void issue_dq(float (&dQ)[D / 8][4], unsigned int (&dS)[N / 2][4], unsigned int K_smem,
+                                         bool add) {
+    const unsigned long long K = tile_descriptor(K_smem, KV_PANEL);
+#pragma unroll
+    for (int step = 0; step < TILE.cols / 16; ++step) wgmma_rs<MN_MAJOR>(dQ, dS[step], K + step * 128, add || step > 0);
+    wgmma_commit();
+}
+
+// One warpgroup: dQ of 64 rows.
+__device__ __forceinline__ void differentiate_queries(const Params& p, const Layout& smem, const Work& work,
+                                                      const Band& band, const TileRange& tiles, int warpgroup) {
+    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 % 4 * 16, head = work.head;
+    const Sequence& sequence = work.sequence;
+    const int q_first = work.tile * TILE.rows + warpgroup * 64;
+    const int rows = sequence.q_len - q_first - warp_row;  // that exist, of this warp's 16 and those below
+    const long long row = sequence.q_start + q_first + warp_row;
+    const unsigned int Q_smem = smem.Q + warpgroup * 64 * 128, dO_smem = smem.dO + warpgroup * 64 * 128;
+
+    float dQ[D / 8][4];
+    if (tiles.first < tiles.last) {
+        const Scores scores(p, sequence.index, head, band.offset);
+        const Dropout dropout(p, sequence.index, head);
+        float reference[2], delta[2];  // of this lane's rows
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int i = lane / 4 + 8 * half;
+            const bool inside = i < rows;
+            reference[half] = inside ? exponent_reference(statistic_rows(p.lse, sequence.batch, row, head)[i]) : 0.0f;
+            delta[half] = inside ? statistic_rows(p.delta, sequence.batch, row, head)[i] : 0.0f;
+        }
+        unsigned int dS[N / 2][4];
+        barrier_wait(smem.Q_full(), 0);
+        barrier_wait(smem.dO_full(), 0);
+
+        // dS of a tile, while dQ += dS K of the tile before
+        Ring ring, previous;
+        auto step = [&](int tile, const bool first, const bool second) {  // both are constants where this is inlined
+            const int kv_first = tile * TILE.cols;
+            float S[N][4], dP[N][4];
+            barrier_wait(smem.K_full(ring.stage), ring.parity);
+            wgmma_fence();
+            issue_product<D / 16>(S, Q_smem, smem.K + ring.stage * K_BYTES);
+            barrier_wait(smem.V_full(ring.stage), ring.parity);
+            issue_product<DV / 16>(dP, dO_smem, smem.V + ring.stage * V_BYTES);
+            wgmma_commit();
+            if (first) {
+                wgmma_wait<0>();
+            } else {
+                issue_dq(dQ, dS, smem.K + previous.stage * K_BYTES, !second);
+                wgmma_wait<1>();
+            }
+            pin(S);
+            pin(dP);
+            if (lane == 0) barrier_arrive(smem.V_empty(ring.stage));
+            const bool cut = band.cuts(q_first, 64, kv_first, TILE.cols);
+#pragma unroll
+            for (int n = 0; n < N; n += 2) {
+                float dropped[2][4] = {{1, 1, 1, 1}, {1, 1, 1, 1}};
+                if constexpr (SPEC.dropout) dropout.factors(dropped, q_first + warp_row, kv_first + 8 * n);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) {
+                        const int q_index = q_first + warp_row + lane / 4 + r / 2 * 8;
+                        const int kv_index = kv_first + 8 * (n + half) + lane % 4 * 2 + r % 2;
+                        differentiate(S[n + half][r], dP[n + half][r], scores, band, false, q_index, kv_index,
+                                      reference[r / 2], delta[r / 2], dropped[half][r]);
+                    }
+                }
+            }
+            if (cut) {
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) {
+                        const int q_index = q_first + warp_row + lane / 4 + r / 2 * 8;
+                        const int kv_index = kv_first + 8 * n + lane % 4 * 2 + r % 2;
+                        if (!band.allows(q_index, kv_index)) dP[n][r] = 0.0f;
+                    }
+                }
+            }
+            if (!first) {
+                wgmma_wait<0>();
+                pin(dQ);
+                pin(dS);
+                if (lane == 0) barrier_arrive(smem.K_empty(previous.stage));
+            }
+            pack_all(dS, dP);
+            previous = ring;
+            ring.advance();
+        };
+        step(tiles.first, true, false);
+        if (tiles.last - tiles.first > 1) step(tiles.first + 1, false, true);
+#pragma unroll 1
+        for (int tile = tiles.first + 2; tile < tiles.last; ++tile) step(tile, false, false);
+        wgmma_fence();
+        issue_dq(dQ, dS, smem.K + previous.stage * K_BYTES, tiles.last - tiles.first > 1);
+        wgmma_wait<0>();
+        pin(dQ);
+        pin(dS);
+    } else {
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) dQ[n][r] = 0.0f;
+        }
+    }
+    store_gradient<D>(p.dq, p.dq_float32, sequence.batch, row, head, rows, 0, dQ, p.scale, p.accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    backward_hopper_dq(const __grid_constant__ Params p, const __grid_constant__ TensorMap Q_map,
+                       const __grid_constant__ TensorMap K_map, const __grid_constant__ TensorMap V_map,
+                       const __grid_constant__ TensorMap dO_map) {
+    extern __shared__ __align__(1024) unsigned char smem_start[];
+    const Layout smem(shared_address(smem_start));
+    if (threadIdx.x == 0) {
+        barrier_init(smem.Q_full(), 1);
+        barrier_init(smem.dO_full(), 1);
+        for (int stage = 0; stage < TILE.stages; ++stage) {
+            barrier_init(smem.K_full(stage), 1);
+            barrier_init(smem.K_empty(stage), 4 * GROUPS);
+            barrier_init(smem.V_full(stage), 1);
+            barrier_init(smem.V_empty(stage), 4 * GROUPS);
+        }
+        fence_barrier_init();
+    }
+    __syncthreads();
+
+    const Work work = find_work<TILE.rows, false>(p, blockIdx.x, p.q_tiles, p.heads);
+    const Band band(p, work.sequence);
+    const int q_first = work.tile * TILE.rows;
+    const TileRange tiles = band.kv_tiles(q_first, min(q_first + TILE.rows, work.sequence.q_len) - 1);
+    const int warpgroup = threadIdx.x / 128;
+    if (warpgroup == 0) {
+        release_registers<24>();
+        if (threadIdx.x == 0) load(p, Q_map, K_map, V_map, dO_map, smem, work, tiles);
+    } else {
+        take_registers<240>();
+        differentiate_queries(p, smem, work, band, tiles, warpgroup - 1);
+    }
+}
