@@ -11,35 +11,17 @@
 // other's products.
 //
 // With SPEC.deterministic dQ is left to backward_hopper_dq.cu, and nothing is atomic.
-#include "backward_stage.cuh"
-#include "barrier.cuh"
-#include "copy.cuh"
-#include "tma.cuh"
-#include "wgmma.cuh"
+#include "backward_keys.cuh"
 
-constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
 constexpr bool WITH_DQ = !SPEC.deterministic;
 constexpr int GROUPS = 2;              // warpgroups that compute
-constexpr int R = TILE.rows;           // queries a step
-constexpr int N = R / 8;               // accumulator tiles across S^T and dP^T
 constexpr int PIECE = 64 * 64;         // elements of a piece of dQ
 constexpr int PIECES_ACROSS = D / 64;  // of a row of dQ
 constexpr int DS_SLOTS = R == 64 ? 3 : 2;
-constexpr int Q_PANEL = R * 128, KV_PANEL = TILE.cols * 128;  // bytes of 64 columns
-constexpr int K_BYTES = D / 64 * KV_PANEL, V_BYTES = DV / 64 * KV_PANEL;
-constexpr int Q_BYTES = D / 64 * Q_PANEL, DO_BYTES = DV / 64 * Q_PANEL;
-constexpr int DS_BYTES = R * TILE.cols * 2, DQ_BYTES = PIECE * 4, STATISTIC_BYTES = R * 16;
+constexpr int DS_BYTES = R * TILE.cols * 2, DQ_BYTES = PIECE * 4;
 constexpr int PRODUCER_REGISTERS = D == 64 ? 40 : 24, MATH_REGISTERS = D == 64 ? 232 : 240;
-static_assert(TILE.cols == 64 * GROUPS && TILE.warps == 4 * (GROUPS + 1) && D % 64 == 0 && DV % 64 == 0);
+static_assert(TILE.cols == 64 * GROUPS && TILE.warps == 4 * (GROUPS + 1));
 static_assert(!WITH_DQ || R / 64 * PIECES_ACROSS == GROUPS, "each warpgroup makes one piece of dQ a step");
-
-// Whether P does not need dP, so that it is computed while the tensor cores work on dP.
-constexpr bool EARLY_P = !SPEC.softcap && !SPEC.dropout;
-// Whether the products subtract LSE and D: one step more of their contraction, of ones and of the statistics in three
-// bfloat16 terms, gives S - LSE / scale and dP - D. float16 has not the range.
-constexpr bool FOLD = EARLY_P && !SPEC.alibi && SPEC.dtype == Dtype::bfloat16;
-constexpr int V_STEPS = FOLD && R == 64 ? 2 : 0;  // steps of dP whose part of V stays in registers
-constexpr float NEVER = 1e30f;                    // as the LSE of a row outside the sequence: P = 0
 
 enum NamedBarrier { FIRST_DONE = 1, DQ_FULL = 2, DQ_EMPTY = 4 };  // and one more for the second warpgroup
 
@@ -67,98 +49,6 @@ struct Layout {
     __device__ __forceinline__ unsigned int empty(int stage) const { return barriers + 88 + 32 * stage; }
 };
 
-// The steps of a tile of keys: the tiles of queries that may attend to it, of every head of its group.
-struct Steps {
-    TileRange tiles;
-    int head, last_head;  // query heads
-    int tile;
-
-    __device__ __forceinline__ Steps(const Work& work, const Band& band, int group)
-        : tiles(band.q_tiles(work.tile * TILE.cols, min((work.tile + 1) * TILE.cols, band.kv_len) - 1)),
-          head(work.head * group),
-          last_head(tiles.first < tiles.last ? head + group : head),
-          tile(tiles.first) {}
-
-    __device__ __forceinline__ bool more() const { return head < last_head; }
-    __device__ __forceinline__ void advance() {
-        if (++tile == tiles.last) {
-            tile = tiles.first;
-            ++head;
-        }
-    }
-};
-
-// One thread: the copies of K and V once, of Q and dO for every step.
-__device__ __forceinline__ void load(const Params& p, const TensorMap& Q_map, const TensorMap& K_map,
-                                     const TensorMap& V_map, const TensorMap& dO_map, const Layout& smem,
-                                     const Work& work, Steps steps) {
-    const int kv_first = work.tile * TILE.cols, batch = work.sequence.batch;
-    Ring ring;
-    for (bool first = true; steps.more(); steps.advance(), first = false) {
-        const int stage = ring.stage, q_first = steps.tile * R;
-        if (first) {
-            barrier_expect(smem.K_full(), K_BYTES);
-            load_tile_tma(smem.K, K_map, smem.K_full(), kv_first, work.head, batch, EVICT_FIRST);
-        }
-        barrier_wait(smem.empty(stage), ring.parity ^ 1);
-        barrier_expect(smem.Q_full(stage), Q_BYTES);
-        load_tile_tma(smem.Q + stage * Q_BYTES, Q_map, smem.Q_full(stage), q_first, steps.head, batch, EVICT_LAST);
-        if (first) {
-            barrier_expect(smem.V_full(), V_BYTES);
-            load_tile_tma(smem.V, V_map, smem.V_full(), kv_first, work.head, batch, EVICT_FIRST);
-        }
-        barrier_expect(smem.dO_full(stage), DO_BYTES);
-        load_tile_tma(smem.dO + stage * DO_BYTES, dO_map, smem.dO_full(stage), q_first, steps.head, batch, EVICT_LAST);
-        ring.advance();
-    }
-}
-
-// x = hi + mid + lo to 24 bits, each a bfloat16.
-__device__ __forceinline__ void split(float x, float (&term)[3]) {
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-        term[i] = __bfloat162float(__float2bfloat16_rn(x));
-        x = i == 0 && isinf(x) ? 0.0f : x - term[i];
-    }
-}
-
-// One warp: LSE and D of every step's rows, as the math warpgroups take them.
-__device__ __forceinline__ void load_statistics(const Params& p, const Layout& smem, const Sequence& sequence,
-                                                Steps steps) {
-    const int lane = threadIdx.x % 32;
-    Ring ring;
-    for (; steps.more(); steps.advance()) {
-        const int q_first = steps.tile * R, rows = sequence.q_len - q_first;
-        const float* lse_gmem = statistic_rows(p.lse, sequence.batch, sequence.q_start + q_first, steps.head);
-        const float* delta_gmem = statistic_rows(p.delta, sequence.batch, sequence.q_start + q_first, steps.head);
-        float lse[R / 32], delta[R / 32];
-#pragma unroll
-        for (int i = 0; i < R / 32; ++i) {
-            const int row = lane + 32 * i;
-            lse[i] = row < rows ? lse_gmem[row] : MINUS_INFINITY;
-            delta[i] = row < rows ? delta_gmem[row] : 0.0f;
-        }
-        barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
-#pragma unroll
-        for (int i = 0; i < R / 32; ++i) {
-            const unsigned int row_smem = smem.statistics + ring.stage * STATISTIC_BYTES + (lane + 32 * i) * 16;
-            const float reference = lse[i] == MINUS_INFINITY ? NEVER : lse[i];  // a row that attends to nothing
-            if constexpr (FOLD) {
-                float s[3], d[3];
-                split(-reference / p.scale, s);
-                split(-delta[i], d);
-                store_shared(row_smem, pack(s[0], s[1]), pack(s[2], d[0]), pack(d[1], d[2]), 0u);
-            } else {
-                store_shared(row_smem, __float_as_uint(reference * UNIT), __float_as_uint(delta[i]), 0u, 0u);
-            }
-        }
-        fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(smem.statistics_full(ring.stage));
-        ring.advance();
-    }
-}
-
 // One warp for each warpgroup: its piece of dQ of every step is added to the sum in global memory.
 __device__ __forceinline__ void add_dq(const Params& p, const Layout& smem, const Sequence& sequence, Steps steps,
                                        int warpgroup) {
@@ -180,53 +70,6 @@ __device__ __forceinline__ void add_dq(const Params& p, const Layout& smem, cons
     bulk_wait();
 }
 
-// A step's operands: addresses in shared memory.
-struct Stage {
-    unsigned int Q, dO, statistics;
-};
-
-// S^T = K Q^T  [64, rows], asynchronous; with FOLD minus LSE / scale.
-__device__ __forceinline__ void issue_scores(float (&S)[N][4], unsigned int K_smem, const Stage& stage,
-                                             const unsigned int (&ones)[4]) {
-    const unsigned long long K = tile_descriptor(K_smem, 16), Q = tile_descriptor(stage.Q, 16);
-#pragma unroll
-    for (int step = 0; step < D / 16; ++step) {
-        const int in_panel = step % 4 * 2;  // 32 bytes
-        wgmma_ss<K_MAJOR>(S, K + step / 4 * (KV_PANEL / 16) + in_panel, Q + step / 4 * (Q_PANEL / 16) + in_panel,
-                          step > 0);
-    }
-    if constexpr (FOLD) wgmma_rs<K_MAJOR>(S, ones, narrow_descriptor(stage.statistics), true);
-    wgmma_commit();
-}
-
-// dP^T = V dO^T  [64, rows], asynchronous; with FOLD minus D.
-__device__ __forceinline__ void issue_dp(float (&dP)[N][4], unsigned int V_smem,
-                                         const unsigned int (&V_frag)[V_STEPS + 1][4], const Stage& stage,
-                                         const unsigned int (&ones)[4]) {
-    const unsigned long long V = tile_descriptor(V_smem, 16), dO = tile_descriptor(stage.dO, 16);
-#pragma unroll
-    for (int step = 0; step < DV / 16; ++step) {
-        const int in_panel = step % 4 * 2;
-        const unsigned long long dO_step = dO + step / 4 * (Q_PANEL / 16) + in_panel;
-        if (step < V_STEPS) {
-            wgmma_rs<K_MAJOR>(dP, V_frag[step < V_STEPS ? step : 0], dO_step, step > 0);
-        } else {
-            wgmma_ss<K_MAJOR>(dP, V + step / 4 * (KV_PANEL / 16) + in_panel, dO_step, step > 0);
-        }
-    }
-    if constexpr (FOLD) wgmma_rs<K_MAJOR>(dP, ones, narrow_descriptor(stage.statistics), true);
-    wgmma_commit();
-}
-
-// X += A B  [64, 8 TILES], A [64, rows] in registers and B [rows, 8 TILES] in shared memory, asynchronous.
-template <int TILES>
-__device__ __forceinline__ void issue_gradient(float (&X)[TILES][4], unsigned int (&A)[N / 2][4], unsigned int B_smem,
-                                               bool add) {
-    const unsigned long long B = tile_descriptor(B_smem, Q_PANEL);
-#pragma unroll
-    for (int step = 0; step < R / 16; ++step) wgmma_rs<MN_MAJOR>(X, A[step], B + step * 128, add || step > 0);
-}
-
 // A warpgroup's piece of dQ = dS K  [64, 64], asynchronous.
 __device__ __forceinline__ void issue_dq(float (&dQ)[8][4], unsigned int dS_smem, unsigned int K_smem, int warpgroup) {
     const unsigned long long dS = tile_descriptor(dS_smem + warpgroup / PIECES_ACROSS * 64 * 128, 16);
@@ -237,91 +80,6 @@ __device__ __forceinline__ void issue_dq(float (&dQ)[8][4], unsigned int dS_smem
     }
     wgmma_commit();
 }
-
-// The elementwise stage of one warpgroup.
-struct Elementwise {
-    const Band& band;
-    int warp_kv;  // the first key of this warp
-
-    // LSE and D of this lane's two columns of accumulator tile n, in turn.
-    __device__ __forceinline__ static float4 statistics(const Stage& stage, int n) {
-        const unsigned int row_smem = stage.statistics + (8 * n + threadIdx.x % 4 * 2) * 16;
-        const float2 even = load_shared_pair(row_smem), odd = load_shared_pair(row_smem + 16);
-        return make_float4(even.x, even.y, odd.x, odd.y);
-    }
-
-    __device__ __forceinline__ int q_index(int q_first, int n, int r) const {
-        return q_first + 8 * n + threadIdx.x % 4 * 2 + r % 2;
-    }
-
-    __device__ __forceinline__ int kv_index(int r) const { return warp_kv + threadIdx.x % 32 / 4 + r / 2 * 8; }
-
-    // S becomes P.
-    __device__ __forceinline__ void probabilities(float (&S)[N][4], const Scores& scores, const Stage& stage,
-                                                  int q_first, bool cut) const {
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-            float4 reference;
-            if constexpr (!FOLD) reference = statistics(stage, n);
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-                if constexpr (FOLD) {
-                    S[n][r] = exp2_approximate(S[n][r] * scores.factor);
-                } else {
-                    float derivative;
-                    const float exponent = scores.exponent(S[n][r], q_index(q_first, n, r), kv_index(r), derivative);
-                    S[n][r] = exponential(exponent - (r % 2 ? reference.z : reference.x));
-                }
-            }
-        }
-        if (cut) {
-#pragma unroll
-            for (int n = 0; n < N; ++n) {
-#pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                    if (!band.allows(q_index(q_first, n, r), kv_index(r))) S[n][r] = 0.0f;
-                }
-            }
-        }
-    }
-
-    // dP becomes dS = P (dP - D), with P as it was rounded for dV.
-    __device__ __forceinline__ void score_gradients(float (&dP)[N][4], const unsigned int (&P)[N / 2][4],
-                                                    const Stage& stage) const {
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-            float4 reference;
-            if constexpr (!FOLD) reference = statistics(stage, n);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float2 pair = unpack(P[n / 2][n % 2 * 2 + half]);
-                float (&x)[4] = dP[n];
-                x[2 * half] = pair.x * (FOLD ? x[2 * half] : x[2 * half] - reference.y);
-                x[2 * half + 1] = pair.y * (FOLD ? x[2 * half + 1] : x[2 * half + 1] - reference.w);
-            }
-        }
-    }
-
-    // Both at once, where they depend on each other: S becomes P (dropped) and dP becomes dS.
-    __device__ __forceinline__ void both(float (&S)[N][4], float (&dP)[N][4], const Scores& scores,
-                                         const Dropout& dropout, const Stage& stage, int q_first, bool cut) const {
-#pragma unroll
-        for (int n = 0; n < N; n += 2) {
-            float dropped[2][4] = {{1, 1, 1, 1}, {1, 1, 1, 1}};
-            if constexpr (SPEC.dropout) dropout.factors_transposed(dropped, q_first + 8 * n, warp_kv);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float4 reference = statistics(stage, n + half);
-#pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                    differentiate(S[n + half][r], dP[n + half][r], scores, band, cut, q_index(q_first, n + half, r),
-                                  kv_index(r), r % 2 ? reference.z : reference.x, r % 2 ? reference.w : reference.y,
-                                  dropped[half][r]);
-                }
-            }
-        }
-    }
-};
 
 // One warpgroup: dK and dV of 64 keys, and its pieces of dQ.
 __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout& smem, const Work& work,
@@ -339,13 +97,9 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
 
     float dK[D / 8][4], dV[DV / 8][4];
     if (steps.more()) {
-        unsigned int lse_ones[4] = {}, delta_ones[4] = {};  // [64, 16]: one in columns 0 to 2, and in 3 to 5
-        if constexpr (FOLD) {
-            lse_ones[0] = lse_ones[1] = lane % 4 == 0 ? 0x3F803F80 : lane % 4 == 1 ? 0x00003F80 : 0;
-            delta_ones[0] = delta_ones[1] = lane % 4 == 1 ? 0x3F800000 : lane % 4 == 2 ? 0x3F803F80 : 0;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(lse_ones[i]), "+r"(delta_ones[i]));
-        }
+        unsigned int lse_ones[4], delta_ones[4];
+        statistic_columns(lse_ones, 0);
+        statistic_columns(delta_ones, 3);
         unsigned int V_frag[V_STEPS + 1][4];
         if constexpr (V_STEPS > 0) {
             barrier_wait(smem.V_full(), 0);

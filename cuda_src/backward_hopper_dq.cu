@@ -16,18 +16,21 @@ constexpr int N = TILE.cols / 8;                                      // accumul
 constexpr int Q_PANEL = TILE.rows * 128, KV_PANEL = TILE.cols * 128;  // bytes of 64 columns
 constexpr int Q_BYTES = D / 64 * Q_PANEL, DO_BYTES = DV / 64 * Q_PANEL;
 constexpr int K_BYTES = D / 64 * KV_PANEL, V_BYTES = DV / 64 * KV_PANEL;
-static_assert(TILE.rows == 64 * GROUPS && D % 64 == 0 && DV % 64 == 0);
+constexpr int V_STAGES = D > 128 ? 1 : TILE.stages;  // V is done with early in a step, K late in the next
+// Whether Q and dO are left operands from registers, which halves what the products read from shared memory.
+constexpr bool IN_REGISTERS = D <= 128 && TILE.cols == 64 && !SPEC.softcap && !SPEC.dropout;
+static_assert(GROUPS == 2 && TILE.rows == 64 * GROUPS && D % 64 == 0 && DV % 64 == 0);
+
+// The second warpgroup starts when the first has its first dP: out of phase, one's exponentials run under the other's
+// products.
+enum NamedBarrier { FIRST_DONE = 1 };
 
 // Where everything lies in shared memory.
 struct Layout {
     unsigned int Q, dO, K, V, barriers;
 
     __device__ __forceinline__ explicit Layout(unsigned int start)
-        : Q(start),
-          dO(Q + Q_BYTES),
-          K(dO + DO_BYTES),
-          V(K + TILE.stages * K_BYTES),
-          barriers(V + TILE.stages * V_BYTES) {}
+        : Q(start), dO(Q + Q_BYTES), K(dO + DO_BYTES), V(K + TILE.stages * K_BYTES), barriers(V + V_STAGES * V_BYTES) {}
 
     __device__ __forceinline__ unsigned int Q_full() const { return barriers; }
     __device__ __forceinline__ unsigned int dO_full() const { return barriers + 8; }
@@ -42,36 +45,62 @@ __device__ __forceinline__ void load(const Params& p, const TensorMap& Q_map, co
                                      const TensorMap& V_map, const TensorMap& dO_map, const Layout& smem,
                                      const Work& work, const TileRange& tiles) {
     const int q_first = work.tile * TILE.rows, kv_head = work.head / p.group, batch = work.sequence.batch;
-    Ring ring;
+    Ring K_ring;
+    Ring<V_STAGES> V_ring;
     for (int tile = tiles.first; tile < tiles.last; ++tile) {
-        const int stage = ring.stage, kv_first = tile * TILE.cols;
+        const int kv_first = tile * TILE.cols;
         if (tile == tiles.first) {
             barrier_expect(smem.Q_full(), Q_BYTES);
             load_tile_tma(smem.Q, Q_map, smem.Q_full(), q_first, work.head, batch, EVICT_FIRST);
         }
-        barrier_wait(smem.K_empty(stage), ring.parity ^ 1);
-        barrier_expect(smem.K_full(stage), K_BYTES);
-        load_tile_tma(smem.K + stage * K_BYTES, K_map, smem.K_full(stage), kv_first, kv_head, batch, EVICT_LAST);
+        const unsigned int K_full = smem.K_full(K_ring.stage), V_full = smem.V_full(V_ring.stage);
+        barrier_wait(smem.K_empty(K_ring.stage), K_ring.parity ^ 1);
+        barrier_expect(K_full, K_BYTES);
+        load_tile_tma(smem.K + K_ring.stage * K_BYTES, K_map, K_full, kv_first, kv_head, batch, EVICT_LAST);
         if (tile == tiles.first) {
             barrier_expect(smem.dO_full(), DO_BYTES);
             load_tile_tma(smem.dO, dO_map, smem.dO_full(), q_first, work.head, batch, EVICT_FIRST);
         }
-        barrier_wait(smem.V_empty(stage), ring.parity ^ 1);
-        barrier_expect(smem.V_full(stage), V_BYTES);
-        load_tile_tma(smem.V + stage * V_BYTES, V_map, smem.V_full(stage), kv_first, kv_head, batch, EVICT_LAST);
-        ring.advance();
+        barrier_wait(smem.V_empty(V_ring.stage), V_ring.parity ^ 1);
+        barrier_expect(V_full, V_BYTES);
+        load_tile_tma(smem.V + V_ring.stage * V_BYTES, V_map, V_full, kv_first, kv_head, batch, EVICT_LAST);
+        K_ring.advance();
+        V_ring.advance();
     }
 }
 
-// X = A B^T  [64, cols], A [64, 16 STEPS] of a tile of queries and B [cols, 16 STEPS] of keys, asynchronous.
+// A left operand [64, 16 STEPS] of a tile of queries: registers, or where it lies in shared memory.
 template <int STEPS>
-__device__ __forceinline__ void issue_product(float (&X)[N][4], unsigned int A_smem, unsigned int B_smem) {
-    const unsigned long long A = tile_descriptor(A_smem, 16), B = tile_descriptor(B_smem, 16);
+struct LeftOperand {
+    unsigned int smem;
+    unsigned int frag[IN_REGISTERS ? STEPS : 1][4];
+
+    __device__ __forceinline__ void load(unsigned int A_smem) {
+        smem = A_smem;
+        if constexpr (IN_REGISTERS) {
+            const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16, half = threadIdx.x % 32 / 16;
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+                const int chunk = (step % 4 * 2 + half) ^ row % 8;
+                load_matrix_x4(frag[step], A_smem + step / 4 * Q_PANEL + row * 128 + chunk * 16);
+            }
+        }
+    }
+};
+
+// X = A B^T  [64, cols], B [cols, 16 STEPS] of a tile of keys, asynchronous.
+template <int STEPS>
+__device__ __forceinline__ void issue_product(float (&X)[N][4], LeftOperand<STEPS>& left, unsigned int B_smem) {
+    const unsigned long long A = tile_descriptor(left.smem, 16), B = tile_descriptor(B_smem, 16);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
         const int in_panel = step % 4 * 2;  // 32 bytes
-        wgmma_ss<K_MAJOR>(X, A + step / 4 * (Q_PANEL / 16) + in_panel, B + step / 4 * (KV_PANEL / 16) + in_panel,
-                          step > 0);
+        const unsigned long long B_step = B + step / 4 * (KV_PANEL / 16) + in_panel;
+        if constexpr (IN_REGISTERS) {
+            wgmma_rs<K_MAJOR>(X, left.frag[step], B_step, step > 0);
+        } else {
+            wgmma_ss<K_MAJOR>(X, A + step / 4 * (Q_PANEL / 16) + in_panel, B_step, step > 0);
+        }
     }
 }
 
@@ -92,7 +121,6 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Lay
     const int q_first = work.tile * TILE.rows + warpgroup * 64;
     const int rows = sequence.q_len - q_first - warp_row;  // that exist, of this warp's 16 and those below
     const long long row = sequence.q_start + q_first + warp_row;
-    const unsigned int Q_smem = smem.Q + warpgroup * 64 * 128, dO_smem = smem.dO + warpgroup * 64 * 128;
 
     float dQ[D / 8][4];
     if (tiles.first < tiles.last) {
@@ -106,30 +134,36 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Lay
             reference[half] = inside ? exponent_reference(statistic_rows(p.lse, sequence.batch, row, head)[i]) : 0.0f;
             delta[half] = inside ? statistic_rows(p.delta, sequence.batch, row, head)[i] : 0.0f;
         }
-        unsigned int dS[N / 2][4];
+        LeftOperand<D / 16> Q;
+        LeftOperand<DV / 16> dO;
         barrier_wait(smem.Q_full(), 0);
+        Q.load(smem.Q + warpgroup * 64 * 128);
         barrier_wait(smem.dO_full(), 0);
+        dO.load(smem.dO + warpgroup * 64 * 128);
+        if (warpgroup > 0) named_barrier_wait(FIRST_DONE, 128 * GROUPS);
 
-        // dS of a tile, while dQ += dS K of the tile before
-        Ring ring, previous;
-        auto step = [&](int tile, const bool first, const bool second) {  // both are constants where this is inlined
+        Ring K_ring;
+        Ring<V_STAGES> V_ring;
+        auto step = [&](int tile, const bool first) {  // `first` is a constant where this is inlined
             const int kv_first = tile * TILE.cols;
+            const unsigned int K_smem = smem.K + K_ring.stage * K_BYTES;
+
+            // S = Q K^T and dP = dO V^T  [64, cols]
             float S[N][4], dP[N][4];
-            barrier_wait(smem.K_full(ring.stage), ring.parity);
+            barrier_wait(smem.K_full(K_ring.stage), K_ring.parity);
             wgmma_fence();
-            issue_product<D / 16>(S, Q_smem, smem.K + ring.stage * K_BYTES);
-            barrier_wait(smem.V_full(ring.stage), ring.parity);
-            issue_product<DV / 16>(dP, dO_smem, smem.V + ring.stage * V_BYTES);
+            issue_product(S, Q, K_smem);
+            barrier_wait(smem.V_full(V_ring.stage), V_ring.parity);
+            issue_product(dP, dO, smem.V + V_ring.stage * V_BYTES);
             wgmma_commit();
-            if (first) {
-                wgmma_wait<0>();
-            } else {
-                issue_dq(dQ, dS, smem.K + previous.stage * K_BYTES, !second);
-                wgmma_wait<1>();
-            }
+            wgmma_wait<0>();
             pin(S);
             pin(dP);
-            if (lane == 0) barrier_arrive(smem.V_empty(ring.stage));
+            if (first && warpgroup == 0) named_barrier_arrive(FIRST_DONE, 128 * GROUPS);
+            if (lane == 0) barrier_arrive(smem.V_empty(V_ring.stage));
+            V_ring.advance();
+
+            // dS  [64, cols]
             const bool cut = band.cuts(q_first, 64, kv_first, TILE.cols);
 #pragma unroll
             for (int n = 0; n < N; n += 2) {
@@ -157,25 +191,21 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Lay
                     }
                 }
             }
-            if (!first) {
-                wgmma_wait<0>();
-                pin(dQ);
-                pin(dS);
-                if (lane == 0) barrier_arrive(smem.K_empty(previous.stage));
-            }
+            unsigned int dS[N / 2][4];
             pack_all(dS, dP);
-            previous = ring;
-            ring.advance();
+
+            // dQ += dS K  [64, head_dim]
+            wgmma_fence();
+            issue_dq(dQ, dS, K_smem, !first);
+            wgmma_wait<0>();
+            pin(dQ);
+            pin(dS);
+            if (lane == 0) barrier_arrive(smem.K_empty(K_ring.stage));
+            K_ring.advance();
         };
-        step(tiles.first, true, false);
-        if (tiles.last - tiles.first > 1) step(tiles.first + 1, false, true);
+        step(tiles.first, true);
 #pragma unroll 1
-        for (int tile = tiles.first + 2; tile < tiles.last; ++tile) step(tile, false, false);
-        wgmma_fence();
-        issue_dq(dQ, dS, smem.K + previous.stage * K_BYTES, tiles.last - tiles.first > 1);
-        wgmma_wait<0>();
-        pin(dQ);
-        pin(dS);
+        for (int tile = tiles.first + 1; tile < tiles.last; ++tile) step(tile, false);
     } else {
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {

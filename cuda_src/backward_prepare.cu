@@ -20,14 +20,16 @@ struct alignas(TILE.vector) Piece {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) backward_prepare(const __grid_constant__ Params p) {
-    const int rows = (SPEC.packed ? 1 : p.batch) * p.q_len;
-    const int first = blockIdx.x * TILE.rows, heads = p.heads, pairs = min(TILE.rows, rows - first) * heads;
+    const unsigned int tokens = (SPEC.packed ? 1u : p.batch) * static_cast<unsigned int>(p.q_len);
+    const unsigned int first = blockIdx.x * TILE.rows;
+    const int heads = p.heads, pairs = min(static_cast<unsigned int>(TILE.rows), tokens - first) * heads;
     const int lane = threadIdx.x % LANES;
     // A loop of whole warps, so that the shuffles below always find their partners.
 #pragma unroll 4
     for (int start = 0; start < pairs; start += THREADS / LANES) {
         const int pair = start + threadIdx.x / LANES;
-        const int token = first + min(pair, pairs - 1) / heads, head = min(pair, pairs - 1) % heads;
+        const unsigned int token = first + min(pair, pairs - 1) / heads;
+        const int head = min(pair, pairs - 1) % heads;
         const int batch = token / p.q_len, row = token % p.q_len;
         const Element* dO_gmem = head_rows(p.dout, batch, row, head);
         const Element* O_gmem = head_rows(p.out, batch, row, head);

@@ -77,3 +77,10 @@ __device__ __forceinline__ void store_shared(unsigned int smem_address, unsigned
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(smem_address), "r"(x), "r"(y), "r"(z), "r"(w)
                  : "memory");
 }
+
+__device__ __forceinline__ void load_shared(unsigned int (&r)[4], unsigned int smem_address) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(smem_address)
+                 : "memory");
+}

@@ -82,16 +82,14 @@ _HOPPER_FORWARD_LONG = {
     64: (128, 128, 2, 12, 1),
     128: (128, 128, 2, 12, 1),
 }
-# Tiles of the Hopper backward as (rows, cols, stages, warps), by head dimension: a producer warpgroup and two that
-# compute. Registers of a lane in dK, dV: head_dim for both, rows / 2 each for S and dP, rows / 4 for P and as much for
-# dS; in dQ: head_dim / 2 for it, cols / 2 each for S and dP, cols / 4 for dS.
+# Tiles of the Hopper backward as (rows, cols, stages, warps), by kernel and head dimension: a producer warpgroup and two
+# that compute. Registers of a lane: in dK and dV together head_dim (wide: head_dim / 2, one of the two a warpgroup),
+# rows / 2 each for S and dP, rows / 4 each for P and dS; in dQ head_dim / 2, cols / 2 each for S and dP, cols / 4 for
+# dS, and head_dim / 2 for Q and dO where they stay in registers.
 _HOPPER_BACKWARD = {
-    64: (128, 128, 2, 12),
-    128: (64, 128, 2, 12),
-}
-_HOPPER_BACKWARD_DQ = {
-    64: (128, 128, 2, 12),
-    128: (128, 64, 2, 12),
+    "backward_hopper": {64: (128, 128, 2, 12), 128: (64, 128, 2, 12)},
+    "backward_hopper_wide": {256: (64, 64, 2, 12)},
+    "backward_hopper_dq": {64: (128, 128, 2, 12), 128: (128, 64, 2, 12), 256: (128, 64, 2, 12)},
 }
 # Kernels of which there is one tile: tokens with all their heads, the rows of a head in turn, a piece of dQ.
 _FIXED = {
@@ -105,6 +103,7 @@ _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, h
     "backward_portable_dkv": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "allow_tf32"),
     "backward_portable_dq": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "allow_tf32"),
     "backward_hopper": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "deterministic"),
+    "backward_hopper_wide": ("bounded_left", "bounded_right", "alibi"),
     "backward_hopper_dq": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout"),
     "backward_prepare": (),
     "backward_finish": (),
@@ -136,17 +135,20 @@ def kernels_of(spec: Spec, *, backward: bool, hopper: bool = False) -> tuple[str
     first = ("backward_prepare", "backward_sinks") if spec.sinks else ("backward_prepare",)
     if not hopper:
         return (*first, "backward_portable_dkv", "backward_portable_dq")
+    if spec.head_dim in _HOPPER_BACKWARD["backward_hopper_wide"]:
+        return (*first, "backward_hopper_wide", "backward_hopper_dq")
     return (*first, "backward_hopper", "backward_hopper_dq" if spec.deterministic else "backward_finish")
 
 
 def has_hopper(spec: Spec, *, backward: bool) -> bool:
     """Whether the Hopper kernels serve a call on sm_90a, as far as the Spec decides."""
-    return (
-        spec.dtype in ("float16", "bfloat16")
-        and spec.head_dim == spec.head_dim_v
-        and spec.head_dim in (_HOPPER_BACKWARD if backward else _HOPPER_FORWARD)
-        and not spec.packed
-    )
+    if spec.dtype not in ("float16", "bfloat16") or spec.head_dim != spec.head_dim_v or spec.packed:
+        return False
+    if not backward:
+        return spec.head_dim in _HOPPER_FORWARD
+    if spec.head_dim in _HOPPER_BACKWARD["backward_hopper_wide"]:
+        return not (spec.softcap or spec.dropout)
+    return spec.head_dim in _HOPPER_BACKWARD["backward_hopper"]
 
 
 def _long_score_stage(spec: Spec) -> bool:
@@ -162,9 +164,8 @@ def tile_of(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int |
         table = _HOPPER_FORWARD_LONG if _long_score_stage(spec) else _HOPPER_FORWARD
         rows, cols, stages, warps, p_sets = table[spec.head_dim]
         return Tile(rows=rows, cols=cols, stages=stages, warps=warps, blocks=1, p_sets=p_sets, vector=vector)
-    if kernel in ("backward_hopper", "backward_hopper_dq"):
-        table = _HOPPER_BACKWARD if kernel == "backward_hopper" else _HOPPER_BACKWARD_DQ
-        rows, cols, stages, warps = table[spec.head_dim]
+    if kernel in _HOPPER_BACKWARD:
+        rows, cols, stages, warps = _HOPPER_BACKWARD[kernel][spec.head_dim]
         return Tile(rows=rows, cols=cols, stages=stages, warps=warps, blocks=1, vector=vector)
     if kernel in _FIXED:
         return replace(_FIXED[kernel], vector=vector)
@@ -195,16 +196,20 @@ def shared_bytes(kernel: str, spec: Spec, tile: Tile) -> int:
     if kernel == "forward_hopper":  # tiles without padding, and two barriers for Q and four a stage
         tiles = tile.rows * spec.head_dim + tile.stages * tile.cols * (spec.head_dim + spec.head_dim_v)
         return tiles * element_bytes + 16 + 32 * tile.stages
-    if kernel == "backward_hopper_dq":  # likewise, with dO beside Q
-        tiles = (tile.rows + tile.stages * tile.cols) * (spec.head_dim + spec.head_dim_v)
-        return tiles * element_bytes + 16 + 32 * tile.stages
-    if (
-        kernel == "backward_hopper"
-    ):  # LSE and D in 16 bytes a row; dS in a ring, and dQ in float32, one piece a warpgroup
+    if kernel == "backward_hopper_dq":  # likewise, with dO beside Q; one stage of V where the head is wide
+        v_stages = 1 if spec.head_dim > 128 else tile.stages
+        q_elements = tile.rows * (spec.head_dim + spec.head_dim_v)
+        kv_elements = tile.cols * (tile.stages * spec.head_dim + v_stages * spec.head_dim_v)
+        return (q_elements + kv_elements) * element_bytes + 16 + 32 * tile.stages
+    if kernel in ("backward_hopper", "backward_hopper_wide"):  # LSE and D in 16 bytes a row
         tiles = (tile.cols + tile.stages * tile.rows) * (spec.head_dim + spec.head_dim_v)
-        slots = 0 if spec.deterministic else 3 if tile.rows == 64 else 2
-        sums = slots * tile.rows * tile.cols * element_bytes + (slots > 0) * 2 * 64 * 64 * 4
-        return tiles * element_bytes + tile.stages * tile.rows * 16 + sums + 64 + 32 * tile.stages
+        if kernel == "backward_hopper_wide":  # P in two slots
+            exchanged = 2 * tile.rows * tile.cols * element_bytes
+        elif spec.deterministic:
+            exchanged = 0
+        else:  # dS in a ring, and dQ in float32, one piece a warpgroup
+            exchanged = (3 if tile.rows == 64 else 2) * tile.rows * tile.cols * element_bytes + 2 * 64 * 64 * 4
+        return tiles * element_bytes + exchanged + tile.stages * tile.rows * 16 + 64 + 32 * tile.stages
 
     def pitch(dim: int) -> int:  # row_pitch of cuda_src/product.cuh
         step = 16 * tile.split

@@ -240,6 +240,7 @@ _OPERANDS = (("q", "rows"), ("k", "cols"), ("v", "cols"))
 _MAPPED = {
     "forward_hopper": _OPERANDS,
     "backward_hopper": (*_OPERANDS, ("dout", "rows")),
+    "backward_hopper_wide": (*_OPERANDS, ("dout", "rows")),
     "backward_hopper_dq": (*_OPERANDS, ("dout", "rows")),
 }
 
@@ -283,7 +284,7 @@ def _section_heads(name: str, problem: Problem, device: int, q_tiles: int) -> in
     """How many heads' tiles are worked on together, so that what their blocks share stays in the L2 cache."""
     if name in ("forward_hopper", "backward_hopper_dq"):  # as many as fill the multiprocessors once
         return max(1, round(_multiprocessors(device) / q_tiles))
-    if name == "backward_hopper":  # Q and dO of a group's heads
+    if name in ("backward_hopper", "backward_hopper_wide"):  # Q and dO of a group's heads
         head_bytes = 2 * problem.q_len * (problem.spec.head_dim + problem.spec.head_dim_v) * problem.group
         return max(1, _SECTION_BYTES // head_bytes)
     return 1
@@ -332,6 +333,7 @@ def _blocks(name: str, problem: Problem, tile: Tile, device: int, q_tiles: int) 
         "backward_portable_dkv": lambda: kv_blocks,
         "backward_portable_dq": lambda: q_blocks,
         "backward_hopper": lambda: kv_blocks,
+        "backward_hopper_wide": lambda: kv_blocks,
         "backward_hopper_dq": lambda: q_blocks,
         "backward_finish": lambda: q_blocks * (problem.spec.head_dim // tile.cols),
     }

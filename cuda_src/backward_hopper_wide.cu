@@ -1,0 +1,231 @@
+// Backward attention for sm_90a, dK and dV of wide heads, whose accumulators together would not fit one warpgroup: with
+// P = e^(S - LSE), dP = dO V^T and dS = P (dP - D)
+//
+//   dV = P^T dO    dK = scale dS^T Q
+//
+// Both warpgroups work on the same TILE.cols = 64 keys. The first computes S^T and P^T and keeps dV; the second
+// computes dP^T, takes P^T from the first through shared memory, and keeps dK of dS^T. They are out of phase by nature,
+// so that one's elementwise stage runs under the other's products. dQ is left to backward_hopper_dq.cu; nothing is
+// atomic.
+#include "backward_keys.cuh"
+
+constexpr int P_SLOTS = 2;
+constexpr int P_BYTES = R * TILE.cols * 2;
+static_assert(TILE.cols == 64 && TILE.warps == 12 && EARLY_P);
+
+// Where everything lies in shared memory.
+struct Layout {
+    unsigned int K, V, Q, dO, P, statistics, barriers;
+
+    __device__ __forceinline__ explicit Layout(unsigned int start)
+        : K(start),
+          V(K + K_BYTES),
+          Q(V + V_BYTES),
+          dO(Q + TILE.stages * Q_BYTES),
+          P(dO + TILE.stages * DO_BYTES),
+          statistics(P + P_SLOTS * P_BYTES),
+          barriers(statistics + TILE.stages * STATISTIC_BYTES) {}
+
+    __device__ __forceinline__ unsigned int K_full() const { return barriers; }
+    __device__ __forceinline__ unsigned int V_full() const { return barriers + 8; }
+    __device__ __forceinline__ unsigned int P_full(int slot) const { return barriers + 16 + 16 * slot; }
+    __device__ __forceinline__ unsigned int P_empty(int slot) const { return barriers + 24 + 16 * slot; }
+    __device__ __forceinline__ unsigned int Q_full(int stage) const { return barriers + 64 + 32 * stage; }
+    __device__ __forceinline__ unsigned int dO_full(int stage) const { return barriers + 72 + 32 * stage; }
+    __device__ __forceinline__ unsigned int statistics_full(int stage) const { return barriers + 80 + 32 * stage; }
+    __device__ __forceinline__ unsigned int empty(int stage) const { return barriers + 88 + 32 * stage; }
+};
+
+// What both warpgroups know of a step, and how they go on to the next.
+struct Walk {
+    Steps steps;
+    Ring<> ring;
+    Ring<P_SLOTS> slot;
+
+    __device__ __forceinline__ Stage stage(const Layout& smem) const {
+        return Stage{smem.Q + ring.stage * Q_BYTES, smem.dO + ring.stage * DO_BYTES,
+                     smem.statistics + ring.stage * STATISTIC_BYTES};
+    }
+
+    __device__ __forceinline__ void advance(const Layout& smem) {
+        if (threadIdx.x % 32 == 0) barrier_arrive(smem.empty(ring.stage));
+        ring.advance();
+        slot.advance();
+        steps.advance();
+    }
+};
+
+// P of this thread in a slot: register i of step s of the left operand.
+__device__ __forceinline__ unsigned int P_address(const Layout& smem, int slot, int step) {
+    return smem.P + slot * P_BYTES + step * 2048 + threadIdx.x % 128 * 16;
+}
+
+// The first warpgroup: dV of the keys.
+__device__ __forceinline__ void differentiate_values(const Params& p, const Layout& smem, const Work& work,
+                                                     const Band& band, Walk walk, float (&dV)[DV / 8][4]) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, kv_first = work.tile * TILE.cols;
+    const Elementwise elementwise{band, kv_first + warp * 16};
+    unsigned int ones[4];
+    statistic_columns(ones, 0);
+    barrier_wait(smem.K_full(), 0);
+
+    auto step = [&](const bool first) {  // a constant where it is inlined
+        const Stage stage = walk.stage(smem);
+        const int q_first = walk.steps.tile * R;
+        const Scores scores(p, work.sequence.index, walk.steps.head, band.offset);
+
+        // S^T, P^T  [64, rows]
+        float S[N][4];
+        barrier_wait(smem.Q_full(walk.ring.stage), walk.ring.parity);
+        barrier_wait(smem.statistics_full(walk.ring.stage), walk.ring.parity);
+        wgmma_fence();
+        issue_scores(S, smem.K, stage, ones);
+        wgmma_wait<0>();
+        pin(S);
+        elementwise.probabilities(S, scores, stage, q_first, band.cuts(q_first, R, kv_first, TILE.cols));
+        unsigned int P[N / 2][4];
+        pack_all(P, S);
+
+        // P^T to the other warpgroup
+        barrier_wait(smem.P_empty(walk.slot.stage), walk.slot.parity ^ 1);
+#pragma unroll
+        for (int i = 0; i < R / 16; ++i) {
+            store_shared(P_address(smem, walk.slot.stage, i), P[i][0], P[i][1], P[i][2], P[i][3]);
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(smem.P_full(walk.slot.stage));
+
+        // dV += P^T dO  [64, head_dim_v]
+        barrier_wait(smem.dO_full(walk.ring.stage), walk.ring.parity);
+        wgmma_fence();
+        issue_gradient(dV, P, stage.dO, !first);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(dV);
+        pin(P);
+        walk.advance(smem);
+    };
+    step(true);
+#pragma unroll 1
+    while (walk.steps.more()) step(false);
+}
+
+// The second warpgroup: dK of the keys.
+__device__ __forceinline__ void differentiate_keys(const Layout& smem, const Work& work, const Band& band, Walk walk,
+                                                   float (&dK)[D / 8][4]) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const Elementwise elementwise{band, work.tile * TILE.cols + warp * 16};
+    unsigned int ones[4], no_frag[1][4];
+    statistic_columns(ones, 3);
+    barrier_wait(smem.V_full(), 0);
+
+    auto step = [&](const bool first) {  // a constant where it is inlined
+        const Stage stage = walk.stage(smem);
+
+        // dP^T  [64, rows]
+        float dP[N][4];
+        barrier_wait(smem.dO_full(walk.ring.stage), walk.ring.parity);
+        barrier_wait(smem.statistics_full(walk.ring.stage), walk.ring.parity);
+        wgmma_fence();
+        issue_dp(dP, smem.V, no_frag, stage, ones);
+        wgmma_wait<0>();
+        pin(dP);
+
+        // P^T from the other warpgroup, dS^T  [64, rows]
+        unsigned int P[N / 2][4], dS[N / 2][4];
+        barrier_wait(smem.P_full(walk.slot.stage), walk.slot.parity);
+#pragma unroll
+        for (int i = 0; i < R / 16; ++i) load_shared(P[i], P_address(smem, walk.slot.stage, i));
+        __syncwarp();
+        if (lane == 0) barrier_arrive(smem.P_empty(walk.slot.stage));
+        elementwise.score_gradients(dP, P, stage);
+        pack_all(dS, dP);
+
+        // dK += dS^T Q  [64, head_dim]
+        barrier_wait(smem.Q_full(walk.ring.stage), walk.ring.parity);
+        wgmma_fence();
+        issue_gradient(dK, dS, stage.Q, !first);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(dK);
+        pin(dS);
+        walk.advance(smem);
+    };
+    step(true);
+#pragma unroll 1
+    while (walk.steps.more()) step(false);
+}
+
+// dV or dK of the tile, zero without a step.
+template <int DIM>
+__device__ __forceinline__ void store_tile(const Params& p, const Tensor& tensor, bool is_float32, const Work& work,
+                                           const float (&X)[DIM / 8][4], float scale) {
+    const int kv_row = work.tile * TILE.cols + threadIdx.x / 32 % 4 * 16;
+    store_gradient<DIM>(tensor, is_float32, work.sequence.batch, work.sequence.kv_start + kv_row, work.head,
+                        work.sequence.kv_len - kv_row, 0, X, scale, p.accumulate);
+}
+
+template <int TILES>
+__device__ __forceinline__ void clear(float (&X)[TILES][4]) {
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) X[n][r] = 0.0f;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    backward_hopper_wide(const __grid_constant__ Params p, const __grid_constant__ TensorMap Q_map,
+                         const __grid_constant__ TensorMap K_map, const __grid_constant__ TensorMap V_map,
+                         const __grid_constant__ TensorMap dO_map) {
+    extern __shared__ __align__(1024) unsigned char smem_start[];
+    const Layout smem(shared_address(smem_start));
+    if (threadIdx.x == 0) {
+        barrier_init(smem.K_full(), 1);
+        barrier_init(smem.V_full(), 1);
+        for (int slot = 0; slot < P_SLOTS; ++slot) {
+            barrier_init(smem.P_full(slot), 4);
+            barrier_init(smem.P_empty(slot), 4);
+        }
+        for (int stage = 0; stage < TILE.stages; ++stage) {
+            barrier_init(smem.Q_full(stage), 1);
+            barrier_init(smem.dO_full(stage), 1);
+            barrier_init(smem.statistics_full(stage), 1);
+            barrier_init(smem.empty(stage), 8);
+        }
+        fence_barrier_init();
+    }
+    __syncthreads();
+
+    const Work work = find_work<TILE.cols, true>(p, blockIdx.x, p.kv_tiles, p.heads / p.group);
+    const Band band(p, work.sequence);
+    const Steps steps(work, band, p.group);
+    const int warp = threadIdx.x / 32;
+    if (warp < 4) {
+        release_registers<40>();
+        if (threadIdx.x == 0) {
+            load(p, Q_map, K_map, V_map, dO_map, smem, work, steps);
+        } else if (warp == 2) {
+            load_statistics(p, smem, work.sequence, steps);
+        }
+    } else {
+        take_registers<232>();
+        if (warp < 8) {
+            float dV[DV / 8][4];
+            if (steps.more()) {
+                differentiate_values(p, smem, work, band, Walk{steps}, dV);
+            } else {
+                clear(dV);
+            }
+            store_tile<DV>(p, p.dv, p.dv_float32, work, dV, 1.0f);
+        } else {
+            float dK[D / 8][4];
+            if (steps.more()) {
+                differentiate_keys(smem, work, band, Walk{steps}, dK);
+            } else {
+                clear(dK);
+            }
+            store_tile<D>(p, p.dk, p.dk_float32, work, dK, p.scale);
+        }
+    }
+}

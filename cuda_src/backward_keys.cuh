@@ -1,0 +1,266 @@
+// What the Hopper kernels of dK and dV share. A thread block keeps a tile of TILE.cols keys of one kv head and steps
+// over the tiles of TILE.rows queries of the heads of its group; everything is transposed, [keys, queries], so that P^T
+// and dS^T are accumulators that become the left operands of dV and dK without leaving registers.
+//
+// A kernel's Layout says where its tiles and barriers lie in shared memory.
+#pragma once
+#include "backward_stage.cuh"
+#include "barrier.cuh"
+#include "copy.cuh"
+#include "tma.cuh"
+#include "wgmma.cuh"
+
+constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
+constexpr int R = TILE.rows;                                  // queries a step
+constexpr int N = R / 8;                                      // accumulator tiles across S^T and dP^T
+constexpr int Q_PANEL = R * 128, KV_PANEL = TILE.cols * 128;  // bytes of 64 columns
+constexpr int K_BYTES = D / 64 * KV_PANEL, V_BYTES = DV / 64 * KV_PANEL;
+constexpr int Q_BYTES = D / 64 * Q_PANEL, DO_BYTES = DV / 64 * Q_PANEL;
+constexpr int STATISTIC_BYTES = R * 16;
+static_assert(D % 64 == 0 && DV % 64 == 0);
+
+// Whether P does not need dP, so that it is computed while the tensor cores work on dP.
+constexpr bool EARLY_P = !SPEC.softcap && !SPEC.dropout;
+// Whether the products subtract LSE and D: one step more of their contraction, of ones and of the statistics in three
+// bfloat16 terms, gives S - LSE / scale and dP - D. float16 has not the range.
+constexpr bool FOLD = EARLY_P && !SPEC.alibi && SPEC.dtype == Dtype::bfloat16;
+constexpr int V_STEPS = FOLD && R == 64 && DV == 128 ? 2 : 0;  // steps of dP whose part of V stays in registers
+constexpr float NEVER = 1e30f;                                 // as the LSE of a row outside the sequence: P = 0
+
+// The steps of a tile of keys: the tiles of queries that may attend to it, of every head of its group.
+struct Steps {
+    TileRange tiles;
+    int head, last_head;  // query heads
+    int tile;
+
+    __device__ __forceinline__ Steps(const Work& work, const Band& band, int group)
+        : tiles(band.q_tiles(work.tile * TILE.cols, min((work.tile + 1) * TILE.cols, band.kv_len) - 1)),
+          head(work.head * group),
+          last_head(tiles.first < tiles.last ? head + group : head),
+          tile(tiles.first) {}
+
+    __device__ __forceinline__ bool more() const { return head < last_head; }
+    __device__ __forceinline__ void advance() {
+        if (++tile == tiles.last) {
+            tile = tiles.first;
+            ++head;
+        }
+    }
+};
+
+// One thread: the copies of K and V once, of Q and dO for every step.
+template <typename Layout>
+__device__ __forceinline__ void load(const Params& p, const TensorMap& Q_map, const TensorMap& K_map,
+                                     const TensorMap& V_map, const TensorMap& dO_map, const Layout& smem,
+                                     const Work& work, Steps steps) {
+    const int kv_first = work.tile * TILE.cols, batch = work.sequence.batch;
+    Ring ring;
+    for (bool first = true; steps.more(); steps.advance(), first = false) {
+        const int stage = ring.stage, q_first = steps.tile * R;
+        if (first) {
+            barrier_expect(smem.K_full(), K_BYTES);
+            load_tile_tma(smem.K, K_map, smem.K_full(), kv_first, work.head, batch, EVICT_FIRST);
+        }
+        barrier_wait(smem.empty(stage), ring.parity ^ 1);
+        barrier_expect(smem.Q_full(stage), Q_BYTES);
+        load_tile_tma(smem.Q + stage * Q_BYTES, Q_map, smem.Q_full(stage), q_first, steps.head, batch, EVICT_LAST);
+        if (first) {
+            barrier_expect(smem.V_full(), V_BYTES);
+            load_tile_tma(smem.V, V_map, smem.V_full(), kv_first, work.head, batch, EVICT_FIRST);
+        }
+        barrier_expect(smem.dO_full(stage), DO_BYTES);
+        load_tile_tma(smem.dO + stage * DO_BYTES, dO_map, smem.dO_full(stage), q_first, steps.head, batch, EVICT_LAST);
+        ring.advance();
+    }
+}
+
+// x = hi + mid + lo to 24 bits, each a bfloat16.
+__device__ __forceinline__ void split(float x, float (&term)[3]) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+        term[i] = __bfloat162float(__float2bfloat16_rn(x));
+        x = i == 0 && isinf(x) ? 0.0f : x - term[i];
+    }
+}
+
+// One warp: LSE and D of every step's rows, as the math warpgroups take them.
+template <typename Layout>
+__device__ __forceinline__ void load_statistics(const Params& p, const Layout& smem, const Sequence& sequence,
+                                                Steps steps) {
+    const int lane = threadIdx.x % 32;
+    Ring ring;
+    for (; steps.more(); steps.advance()) {
+        const int q_first = steps.tile * R, rows = sequence.q_len - q_first;
+        const float* lse_gmem = statistic_rows(p.lse, sequence.batch, sequence.q_start + q_first, steps.head);
+        const float* delta_gmem = statistic_rows(p.delta, sequence.batch, sequence.q_start + q_first, steps.head);
+        float lse[R / 32], delta[R / 32];
+#pragma unroll
+        for (int i = 0; i < R / 32; ++i) {
+            const int row = lane + 32 * i;
+            lse[i] = row < rows ? lse_gmem[row] : MINUS_INFINITY;
+            delta[i] = row < rows ? delta_gmem[row] : 0.0f;
+        }
+        barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
+#pragma unroll
+        for (int i = 0; i < R / 32; ++i) {
+            const unsigned int row_smem = smem.statistics + ring.stage * STATISTIC_BYTES + (lane + 32 * i) * 16;
+            const float reference = lse[i] == MINUS_INFINITY ? NEVER : lse[i];  // a row that attends to nothing
+            if constexpr (FOLD) {
+                float s[3], d[3];
+                split(-reference / p.scale, s);
+                split(-delta[i], d);
+                store_shared(row_smem, pack(s[0], s[1]), pack(s[2], d[0]), pack(d[1], d[2]), 0u);
+            } else {
+                store_shared(row_smem, __float_as_uint(reference * UNIT), __float_as_uint(delta[i]), 0u, 0u);
+            }
+        }
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(smem.statistics_full(ring.stage));
+        ring.advance();
+    }
+}
+
+// A step's operands: addresses in shared memory.
+struct Stage {
+    unsigned int Q, dO, statistics;
+};
+
+// The left operand [64, 16] that adds a statistic: ones in the columns `first` to `first` + 2 of its three terms.
+// Opaque to the compiler, which would make the constants anew for every product.
+__device__ __forceinline__ void statistic_columns(unsigned int (&ones)[4], int first) {
+    const int col = threadIdx.x % 4 * 2;
+    const unsigned int low = col >= first && col < first + 3 ? 0x3F80 : 0;
+    const unsigned int high = col + 1 >= first && col + 1 < first + 3 ? 0x3F800000 : 0;
+    ones[0] = ones[1] = low | high;
+    ones[2] = ones[3] = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(ones[i]));
+}
+
+// S^T = K Q^T  [64, rows], asynchronous; with FOLD minus LSE / scale.
+__device__ __forceinline__ void issue_scores(float (&S)[N][4], unsigned int K_smem, const Stage& stage,
+                                             const unsigned int (&ones)[4]) {
+    const unsigned long long K = tile_descriptor(K_smem, 16), Q = tile_descriptor(stage.Q, 16);
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+        const int in_panel = step % 4 * 2;  // 32 bytes
+        wgmma_ss<K_MAJOR>(S, K + step / 4 * (KV_PANEL / 16) + in_panel, Q + step / 4 * (Q_PANEL / 16) + in_panel,
+                          step > 0);
+    }
+    if constexpr (FOLD) wgmma_rs<K_MAJOR>(S, ones, narrow_descriptor(stage.statistics), true);
+    wgmma_commit();
+}
+
+// dP^T = V dO^T  [64, rows], asynchronous; with FOLD minus D.
+__device__ __forceinline__ void issue_dp(float (&dP)[N][4], unsigned int V_smem,
+                                         const unsigned int (&V_frag)[V_STEPS + 1][4], const Stage& stage,
+                                         const unsigned int (&ones)[4]) {
+    const unsigned long long V = tile_descriptor(V_smem, 16), dO = tile_descriptor(stage.dO, 16);
+#pragma unroll
+    for (int step = 0; step < DV / 16; ++step) {
+        const int in_panel = step % 4 * 2;
+        const unsigned long long dO_step = dO + step / 4 * (Q_PANEL / 16) + in_panel;
+        if (step < V_STEPS) {
+            wgmma_rs<K_MAJOR>(dP, V_frag[step < V_STEPS ? step : 0], dO_step, step > 0);
+        } else {
+            wgmma_ss<K_MAJOR>(dP, V + step / 4 * (KV_PANEL / 16) + in_panel, dO_step, step > 0);
+        }
+    }
+    if constexpr (FOLD) wgmma_rs<K_MAJOR>(dP, ones, narrow_descriptor(stage.statistics), true);
+    wgmma_commit();
+}
+
+// X += A B  [64, 8 TILES], A [64, rows] in registers and B [rows, 8 TILES] in shared memory, asynchronous.
+template <int TILES>
+__device__ __forceinline__ void issue_gradient(float (&X)[TILES][4], unsigned int (&A)[N / 2][4], unsigned int B_smem,
+                                               bool add) {
+    const unsigned long long B = tile_descriptor(B_smem, Q_PANEL);
+#pragma unroll
+    for (int step = 0; step < R / 16; ++step) wgmma_rs<MN_MAJOR>(X, A[step], B + step * 128, add || step > 0);
+}
+
+// The elementwise stage of one warpgroup.
+struct Elementwise {
+    const Band& band;
+    int warp_kv;  // the first key of this warp
+
+    // LSE and D of this lane's two columns of accumulator tile n, in turn.
+    __device__ __forceinline__ static float4 statistics(const Stage& stage, int n) {
+        const unsigned int row_smem = stage.statistics + (8 * n + threadIdx.x % 4 * 2) * 16;
+        const float2 even = load_shared_pair(row_smem), odd = load_shared_pair(row_smem + 16);
+        return make_float4(even.x, even.y, odd.x, odd.y);
+    }
+
+    __device__ __forceinline__ int q_index(int q_first, int n, int r) const {
+        return q_first + 8 * n + threadIdx.x % 4 * 2 + r % 2;
+    }
+
+    __device__ __forceinline__ int kv_index(int r) const { return warp_kv + threadIdx.x % 32 / 4 + r / 2 * 8; }
+
+    // S becomes P.
+    __device__ __forceinline__ void probabilities(float (&S)[N][4], const Scores& scores, const Stage& stage,
+                                                  int q_first, bool cut) const {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            float4 reference;
+            if constexpr (!FOLD) reference = statistics(stage, n);
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                if constexpr (FOLD) {
+                    S[n][r] = exp2_approximate(S[n][r] * scores.factor);
+                } else {
+                    float derivative;
+                    const float exponent = scores.exponent(S[n][r], q_index(q_first, n, r), kv_index(r), derivative);
+                    S[n][r] = exponential(exponent - (r % 2 ? reference.z : reference.x));
+                }
+            }
+        }
+        if (cut) {
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+#pragma unroll
+                for (int r = 0; r < 4; ++r) {
+                    if (!band.allows(q_index(q_first, n, r), kv_index(r))) S[n][r] = 0.0f;
+                }
+            }
+        }
+    }
+
+    // dP becomes dS = P (dP - D), with P as it was rounded for dV.
+    __device__ __forceinline__ void score_gradients(float (&dP)[N][4], const unsigned int (&P)[N / 2][4],
+                                                    const Stage& stage) const {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            float4 reference;
+            if constexpr (!FOLD) reference = statistics(stage, n);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float2 pair = unpack(P[n / 2][n % 2 * 2 + half]);
+                float (&x)[4] = dP[n];
+                x[2 * half] = pair.x * (FOLD ? x[2 * half] : x[2 * half] - reference.y);
+                x[2 * half + 1] = pair.y * (FOLD ? x[2 * half + 1] : x[2 * half + 1] - reference.w);
+            }
+        }
+    }
+
+    // Both at once, where they depend on each other: S becomes P (dropped) and dP becomes dS.
+    __device__ __forceinline__ void both(float (&S)[N][4], float (&dP)[N][4], const Scores& scores,
+                                         const Dropout& dropout, const Stage& stage, int q_first, bool cut) const {
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            float dropped[2][4] = {{1, 1, 1, 1}, {1, 1, 1, 1}};
+            if constexpr (SPEC.dropout) dropout.factors_transposed(dropped, q_first + 8 * n, warp_kv);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float4 reference = statistics(stage, n + half);
+#pragma unroll
+                for (int r = 0; r < 4; ++r) {
+                    differentiate(S[n + half][r], dP[n + half][r], scores, band, cut, q_index(q_first, n + half, r),
+                                  kv_index(r), r % 2 ? reference.z : reference.x, r % 2 ? reference.w : reference.y,
+                                  dropped[half][r]);
+                }
+            }
+        }
+    }
+};
