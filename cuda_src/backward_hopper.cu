@@ -10,10 +10,11 @@
 // issued one step later, so that no warpgroup waits for the other: out of phase, one's exponentials run under the
 // other's products.
 //
-// With SPEC.deterministic dQ is left to backward_hopper_dq.cu, and nothing is atomic.
+// With SPEC.deterministic the tiles of keys add to a piece of dQ in their order. With SPEC.lean dQ is left to
+// backward_hopper_dq.cu.
 #include "backward_keys.cuh"
 
-constexpr bool WITH_DQ = !SPEC.deterministic;
+constexpr bool WITH_DQ = !SPEC.lean;
 constexpr int GROUPS = 2;              // warpgroups that compute
 constexpr int PIECE = 64 * 64;         // elements of a piece of dQ
 constexpr int PIECES_ACROSS = D / 64;  // of a row of dQ
@@ -41,33 +42,47 @@ struct Layout {
 
     __device__ __forceinline__ unsigned int K_full() const { return barriers; }
     __device__ __forceinline__ unsigned int V_full() const { return barriers + 8; }
-    __device__ __forceinline__ unsigned int dS_full(int slot) const { return barriers + 16 + 16 * slot; }
-    __device__ __forceinline__ unsigned int dS_empty(int slot) const { return barriers + 24 + 16 * slot; }
-    __device__ __forceinline__ unsigned int Q_full(int stage) const { return barriers + 64 + 32 * stage; }
-    __device__ __forceinline__ unsigned int dO_full(int stage) const { return barriers + 72 + 32 * stage; }
-    __device__ __forceinline__ unsigned int statistics_full(int stage) const { return barriers + 80 + 32 * stage; }
-    __device__ __forceinline__ unsigned int empty(int stage) const { return barriers + 88 + 32 * stage; }
+    __device__ __forceinline__ unsigned int KV_empty() const { return barriers + 16; }
+    __device__ __forceinline__ unsigned int dS_full(int slot) const { return barriers + 24 + 16 * slot; }
+    __device__ __forceinline__ unsigned int dS_empty(int slot) const { return barriers + 32 + 16 * slot; }
+    __device__ __forceinline__ unsigned int Q_full(int stage) const { return barriers + 72 + 32 * stage; }
+    __device__ __forceinline__ unsigned int dO_full(int stage) const { return barriers + 80 + 32 * stage; }
+    __device__ __forceinline__ unsigned int statistics_full(int stage) const { return barriers + 88 + 32 * stage; }
+    __device__ __forceinline__ unsigned int empty(int stage) const { return barriers + 96 + 32 * stage; }
 };
 
 // One warp for each warpgroup: its piece of dQ of every step is added to the sum in global memory.
-__device__ __forceinline__ void add_dq(const Params& p, const Layout& smem, const Sequence& sequence, Steps steps,
-                                       int warpgroup) {
+__device__ __forceinline__ void add_dq(const Params& p, const Layout& smem, int warpgroup) {
     const unsigned int piece_smem = smem.dQ + warpgroup * DQ_BYTES;
-    const long long tiles = static_cast<long long>(sequence.batch) * p.heads * p.q_tiles;
+    const bool leader = threadIdx.x % 32 == 0;
     named_barrier_arrive(DQ_EMPTY + warpgroup, 160);
-    while (steps.more()) {
-        const long long piece = (tiles + steps.head * p.q_tiles + steps.tile) * GROUPS + warpgroup;
-        steps.advance();
-        named_barrier_wait(DQ_FULL + warpgroup, 160);
-        if (threadIdx.x % 32 == 0) {
-            reduce_add_bulk(p.dq_sum + piece * PIECE, piece_smem, DQ_BYTES);
-            bulk_commit();
-            bulk_wait_read();
+    for_each_tile(p, [&](const Work& work, const Band& band, Steps steps) {
+        for (; steps.more(); steps.advance()) {
+            const long long tile =
+                (static_cast<long long>(work.sequence.batch) * p.heads + steps.head) * p.q_tiles + steps.tile;
+            const long long piece = tile * GROUPS + warpgroup;
+            if (SPEC.deterministic && leader) {  // the tiles of keys before this one have added theirs
+                const int q_first = steps.tile * R, q_last = min(q_first + R, band.q_len) - 1;
+                const int turn = work.tile - band.kv_tiles(q_first, q_last).first;
+                while (load_acquire(p.dq_turns + piece) != turn) {
+                }
+            }
+            __syncwarp();
+            named_barrier_wait(DQ_FULL + warpgroup, 160);
+            if (leader) {
+                reduce_add_bulk(p.dq_sum + piece * PIECE, piece_smem, DQ_BYTES);
+                bulk_commit();
+                bulk_wait_read();
+            }
+            __syncwarp();
+            named_barrier_arrive(DQ_EMPTY + warpgroup, 160);
+            if (SPEC.deterministic && leader) {
+                bulk_wait();
+                add_release(p.dq_turns + piece, 1);
+            }
         }
-        __syncwarp();
-        if (steps.more()) named_barrier_arrive(DQ_EMPTY + warpgroup, 160);
-    }
-    bulk_wait();
+    });
+    if (leader) bulk_wait();
 }
 
 // A warpgroup's piece of dQ = dS K  [64, 64], asynchronous.
@@ -81,52 +96,42 @@ __device__ __forceinline__ void issue_dq(float (&dQ)[8][4], unsigned int dS_smem
     wgmma_commit();
 }
 
-// One warpgroup: dK and dV of 64 keys, and its pieces of dQ.
-__device__ __forceinline__ void differentiate_keys(const Params& p, const Layout& smem, const Work& work,
-                                                   const Band& band, Steps steps, int warpgroup) {
+// One warpgroup: dK and dV of 64 keys of every tile, and its pieces of dQ.
+__device__ __forceinline__ void differentiate_keys(const Params& p, const Layout& smem, int warpgroup) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const Sequence& sequence = work.sequence;
-    const int kv_first = work.tile * TILE.cols + warpgroup * 64;
     const unsigned int K_smem = smem.K + warpgroup * 64 * 128, V_smem = smem.V + warpgroup * 64 * 128;
     const unsigned int piece_smem = smem.dQ + warpgroup * DQ_BYTES + threadIdx.x % 128 * 16;
     // Where stmatrix puts this warp's part of dS [rows, 64 keys]: lane l gives row l % 8 of matrix l / 8, of two by two
     // matrices of 8 queries and 8 keys.
     const int dS_row = lane / 16 * 8 + lane % 8, dS_chunk = 2 * warp + lane / 8 % 2;
     const unsigned int dS_lane = warpgroup * Q_PANEL + dS_row * 128 + (dS_chunk ^ lane % 8) * 16;
-    const Elementwise elementwise{band, kv_first + warp * 16};
+    unsigned int lse_ones[4], delta_ones[4];
+    statistic_columns(lse_ones, 0);
+    statistic_columns(delta_ones, 3);
+    Ring ring;
+    Ring<DS_SLOTS> slot, previous_slot;
+    unsigned int parity = 0;  // of the phase of K and V
+    bool skewed = false;      // the second warpgroup starts when the first has its first dP
 
-    float dK[D / 8][4], dV[DV / 8][4];
-    if (steps.more()) {
-        unsigned int lse_ones[4], delta_ones[4];
-        statistic_columns(lse_ones, 0);
-        statistic_columns(delta_ones, 3);
-        unsigned int V_frag[V_STEPS + 1][4];
-        if constexpr (V_STEPS > 0) {
-            barrier_wait(smem.V_full(), 0);
+    auto finish_dq = [&](float (&dQ)[8][4]) {  // to the warp that adds it
+        pin(dQ);
+        if (lane == 0) barrier_arrive(smem.dS_empty(previous_slot.stage));
+        named_barrier_wait(DQ_EMPTY + warpgroup, 160);
 #pragma unroll
-            for (int step = 0; step < V_STEPS; ++step) {
-                const int row = warp * 16 + lane % 16, chunk = 2 * step + lane / 16;
-                load_matrix_x4(V_frag[step], V_smem + row * 128 + (chunk ^ row % 8) * 16);
-            }
+        for (int n = 0; n < 8; ++n) {
+            store_shared(piece_smem + n * 2048, __float_as_uint(dQ[n][0]), __float_as_uint(dQ[n][1]),
+                         __float_as_uint(dQ[n][2]), __float_as_uint(dQ[n][3]));
         }
-        if (warpgroup == 1) named_barrier_wait(FIRST_DONE, 256);
-        barrier_wait(smem.K_full(), 0);
-        barrier_wait(smem.V_full(), 0);
-        Ring ring;
-        Ring<DS_SLOTS> slot, previous_slot;
+        fence_async_proxy();
+        named_barrier_arrive(DQ_FULL + warpgroup, 160);
+    };
 
-        auto finish_dq = [&](float (&dQ)[8][4]) {  // to the warp that adds it
-            pin(dQ);
-            if (lane == 0) barrier_arrive(smem.dS_empty(previous_slot.stage));
-            named_barrier_wait(DQ_EMPTY + warpgroup, 160);
-#pragma unroll
-            for (int n = 0; n < 8; ++n) {
-                store_shared(piece_smem + n * 2048, __float_as_uint(dQ[n][0]), __float_as_uint(dQ[n][1]),
-                             __float_as_uint(dQ[n][2]), __float_as_uint(dQ[n][3]));
-            }
-            fence_async_proxy();
-            named_barrier_arrive(DQ_FULL + warpgroup, 160);
-        };
+    for_each_tile(p, [&](const Work& work, const Band& band, Steps steps) {
+        const Sequence& sequence = work.sequence;
+        const int kv_first = work.tile * TILE.cols + warpgroup * 64;
+        const Elementwise elementwise{band, kv_first + warp * 16};
+        float dK[D / 8][4], dV[DV / 8][4];
+        unsigned int V_frag[V_STEPS + 1][4];
 
         auto step = [&](const bool first) {  // a constant where it is inlined
             const Stage stage{smem.Q + ring.stage * Q_BYTES, smem.dO + ring.stage * DO_BYTES,
@@ -154,16 +159,15 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
                 pin(P);
                 wgmma_wait<0>();
                 pin(dP);
-                if (first && warpgroup == 0) named_barrier_arrive(FIRST_DONE, 256);
                 elementwise.score_gradients(dP, P, stage);
             } else {
                 wgmma_wait<0>();
                 pin(S);
                 pin(dP);
-                if (first && warpgroup == 0) named_barrier_arrive(FIRST_DONE, 256);
                 elementwise.both(S, dP, scores, Dropout(p, sequence.index, steps.head), stage, q_first, cut);
                 pack_all(P, S);
             }
+            if (first && warpgroup == 0 && !skewed) named_barrier_arrive(FIRST_DONE, 256);
             pack_all(dS, dP);
 
             // dS to shared memory  [rows, 64]
@@ -205,10 +209,27 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
             slot.advance();
             steps.advance();
         };
+
+        const int kv_row = kv_first + warp * 16;
+        if (!steps.more()) {
+            store_no_keys<D>(p, p.dk, p.dk_float32, work, kv_row);
+            store_no_keys<DV>(p, p.dv, p.dv_float32, work, kv_row);
+            return;
+        }
+        barrier_wait(smem.K_full(), parity);
+        barrier_wait(smem.V_full(), parity);
+        parity ^= 1;
+#pragma unroll
+        for (int i = 0; i < V_STEPS; ++i) {
+            const int row = warp * 16 + lane % 16, chunk = 2 * i + lane / 16;
+            load_matrix_x4(V_frag[i], V_smem + row * 128 + (chunk ^ row % 8) * 16);
+        }
+        if (warpgroup == 1 && !skewed) named_barrier_wait(FIRST_DONE, 256);
         step(true);
+        skewed = true;
 #pragma unroll 1
         while (steps.more()) step(false);
-        if constexpr (WITH_DQ) {
+        if constexpr (WITH_DQ) {  // of the last step
             float dQ[8][4];
             barrier_wait(smem.dS_full(previous_slot.stage), previous_slot.parity);
             wgmma_fence();
@@ -216,21 +237,11 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
             wgmma_wait<0>();
             finish_dq(dQ);
         }
-    } else {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-#pragma unroll
-            for (int n = 0; n < D / 8; ++n) dK[n][r] = 0.0f;
-#pragma unroll
-            for (int n = 0; n < DV / 8; ++n) dV[n][r] = 0.0f;
-        }
-    }
-
-    const int kv_row = kv_first + warp * 16, rows = sequence.kv_len - kv_row;  // that exist
-    store_gradient<D>(p.dk, p.dk_float32, sequence.batch, sequence.kv_start + kv_row, work.head, rows, 0, dK, p.scale,
-                      p.accumulate);
-    store_gradient<DV>(p.dv, p.dv_float32, sequence.batch, sequence.kv_start + kv_row, work.head, rows, 0, dV, 1.0f,
-                       p.accumulate);
+        if (lane == 0) barrier_arrive(smem.KV_empty());
+        store_keys<D>(p, p.dk, p.dk_float32, work, kv_row, dK, p.scale);
+        store_keys<DV>(p, p.dv, p.dv_float32, work, kv_row, dV, 1.0f);
+    });
+    if constexpr (WITH_DQ) named_barrier_wait(DQ_EMPTY + warpgroup, 160);  // no arrival is left over
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -242,6 +253,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x == 0) {
         barrier_init(smem.K_full(), 1);
         barrier_init(smem.V_full(), 1);
+        barrier_init(smem.KV_empty(), 4 * GROUPS);
         for (int slot = 0; slot < DS_SLOTS; ++slot) {
             barrier_init(smem.dS_full(slot), 4 * GROUPS);
             barrier_init(smem.dS_empty(slot), 4 * GROUPS);
@@ -256,21 +268,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     __syncthreads();
 
-    const Work work = find_work<TILE.cols, true>(p, blockIdx.x, p.kv_tiles, p.heads / p.group);
-    const Band band(p, work.sequence);
-    const Steps steps(work, band, p.group);
-    const int warp = threadIdx.x / 32;
+    // The warp's number, known to be the same in all its lanes.
+    const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0);
     if (warp < 4) {
         release_registers<PRODUCER_REGISTERS>();
         if (warp == 0) {
-            if (threadIdx.x == 0) load(p, Q_map, K_map, V_map, dO_map, smem, work, steps);
+            if (threadIdx.x == 0) load(p, Q_map, K_map, V_map, dO_map, smem);
         } else if (warp == 2) {
-            load_statistics(p, smem, work.sequence, steps);
-        } else if (WITH_DQ && steps.more()) {
-            add_dq(p, smem, work.sequence, steps, warp / 2);
+            load_statistics(p, smem);
+        } else if constexpr (WITH_DQ) {
+            add_dq(p, smem, warp / 2);
         }
     } else {
         take_registers<MATH_REGISTERS>();
-        differentiate_keys(p, smem, work, band, steps, warp / 4 - 1);
+        differentiate_keys(p, smem, warp / 4 - 1);
     }
 }

@@ -28,19 +28,20 @@ struct Layout {
 
     __device__ __forceinline__ unsigned int K_full() const { return barriers; }
     __device__ __forceinline__ unsigned int V_full() const { return barriers + 8; }
-    __device__ __forceinline__ unsigned int P_full(int slot) const { return barriers + 16 + 16 * slot; }
-    __device__ __forceinline__ unsigned int P_empty(int slot) const { return barriers + 24 + 16 * slot; }
-    __device__ __forceinline__ unsigned int Q_full(int stage) const { return barriers + 64 + 32 * stage; }
-    __device__ __forceinline__ unsigned int dO_full(int stage) const { return barriers + 72 + 32 * stage; }
-    __device__ __forceinline__ unsigned int statistics_full(int stage) const { return barriers + 80 + 32 * stage; }
-    __device__ __forceinline__ unsigned int empty(int stage) const { return barriers + 88 + 32 * stage; }
+    __device__ __forceinline__ unsigned int KV_empty() const { return barriers + 16; }
+    __device__ __forceinline__ unsigned int P_full(int slot) const { return barriers + 24 + 16 * slot; }
+    __device__ __forceinline__ unsigned int P_empty(int slot) const { return barriers + 32 + 16 * slot; }
+    __device__ __forceinline__ unsigned int Q_full(int stage) const { return barriers + 72 + 32 * stage; }
+    __device__ __forceinline__ unsigned int dO_full(int stage) const { return barriers + 80 + 32 * stage; }
+    __device__ __forceinline__ unsigned int statistics_full(int stage) const { return barriers + 88 + 32 * stage; }
+    __device__ __forceinline__ unsigned int empty(int stage) const { return barriers + 96 + 32 * stage; }
 };
 
-// What both warpgroups know of a step, and how they go on to the next.
+// Where a warpgroup is in the rings.
 struct Walk {
-    Steps steps;
     Ring<> ring;
     Ring<P_SLOTS> slot;
+    unsigned int parity = 0;  // of the phase of K and V
 
     __device__ __forceinline__ Stage stage(const Layout& smem) const {
         return Stage{smem.Q + ring.stage * Q_BYTES, smem.dO + ring.stage * DO_BYTES,
@@ -51,127 +52,134 @@ struct Walk {
         if (threadIdx.x % 32 == 0) barrier_arrive(smem.empty(ring.stage));
         ring.advance();
         slot.advance();
-        steps.advance();
     }
 };
 
-// P of this thread in a slot: register i of step s of the left operand.
+// P of this thread in a slot: the registers of step `step` of the left operand.
 __device__ __forceinline__ unsigned int P_address(const Layout& smem, int slot, int step) {
     return smem.P + slot * P_BYTES + step * 2048 + threadIdx.x % 128 * 16;
 }
 
-// The first warpgroup: dV of the keys.
-__device__ __forceinline__ void differentiate_values(const Params& p, const Layout& smem, const Work& work,
-                                                     const Band& band, Walk walk, float (&dV)[DV / 8][4]) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, kv_first = work.tile * TILE.cols;
-    const Elementwise elementwise{band, kv_first + warp * 16};
+// The first warpgroup: dV of every tile of keys.
+__device__ __forceinline__ void differentiate_values(const Params& p, const Layout& smem) {
+    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 % 4 * 16;
     unsigned int ones[4];
     statistic_columns(ones, 0);
-    barrier_wait(smem.K_full(), 0);
+    Walk walk;
+    for_each_tile(p, [&](const Work& work, const Band& band, Steps steps) {
+        const int kv_first = work.tile * TILE.cols;
+        const Elementwise elementwise{band, kv_first + warp_row};
+        float dV[DV / 8][4];
 
-    auto step = [&](const bool first) {  // a constant where it is inlined
-        const Stage stage = walk.stage(smem);
-        const int q_first = walk.steps.tile * R;
-        const Scores scores(p, work.sequence.index, walk.steps.head, band.offset);
+        auto step = [&](const bool first) {  // a constant where it is inlined
+            const Stage stage = walk.stage(smem);
+            const int q_first = steps.tile * R;
+            const Scores scores(p, work.sequence.index, steps.head, band.offset);
 
-        // S^T, P^T  [64, rows]
-        float S[N][4];
-        barrier_wait(smem.Q_full(walk.ring.stage), walk.ring.parity);
-        barrier_wait(smem.statistics_full(walk.ring.stage), walk.ring.parity);
-        wgmma_fence();
-        issue_scores(S, smem.K, stage, ones);
-        wgmma_wait<0>();
-        pin(S);
-        elementwise.probabilities(S, scores, stage, q_first, band.cuts(q_first, R, kv_first, TILE.cols));
-        unsigned int P[N / 2][4];
-        pack_all(P, S);
+            // S^T, P^T  [64, rows]
+            float S[N][4];
+            barrier_wait(smem.Q_full(walk.ring.stage), walk.ring.parity);
+            barrier_wait(smem.statistics_full(walk.ring.stage), walk.ring.parity);
+            wgmma_fence();
+            issue_scores(S, smem.K, stage, ones);
+            wgmma_wait<0>();
+            pin(S);
+            elementwise.probabilities(S, scores, stage, q_first, band.cuts(q_first, R, kv_first, TILE.cols));
+            unsigned int P[N / 2][4];
+            pack_all(P, S);
 
-        // P^T to the other warpgroup
-        barrier_wait(smem.P_empty(walk.slot.stage), walk.slot.parity ^ 1);
+            // P^T to the other warpgroup
+            barrier_wait(smem.P_empty(walk.slot.stage), walk.slot.parity ^ 1);
 #pragma unroll
-        for (int i = 0; i < R / 16; ++i) {
-            store_shared(P_address(smem, walk.slot.stage, i), P[i][0], P[i][1], P[i][2], P[i][3]);
-        }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(smem.P_full(walk.slot.stage));
+            for (int i = 0; i < R / 16; ++i) {
+                store_shared(P_address(smem, walk.slot.stage, i), P[i][0], P[i][1], P[i][2], P[i][3]);
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(smem.P_full(walk.slot.stage));
 
-        // dV += P^T dO  [64, head_dim_v]
-        barrier_wait(smem.dO_full(walk.ring.stage), walk.ring.parity);
-        wgmma_fence();
-        issue_gradient(dV, P, stage.dO, !first);
-        wgmma_commit();
-        wgmma_wait<0>();
-        pin(dV);
-        pin(P);
-        walk.advance(smem);
-    };
-    step(true);
+            // dV += P^T dO  [64, head_dim_v]
+            barrier_wait(smem.dO_full(walk.ring.stage), walk.ring.parity);
+            wgmma_fence();
+            issue_gradient(dV, P, stage.dO, !first);
+            wgmma_commit();
+            wgmma_wait<0>();
+            pin(dV);
+            pin(P);
+            walk.advance(smem);
+            steps.advance();
+        };
+
+        if (!steps.more()) {
+            store_no_keys<DV>(p, p.dv, p.dv_float32, work, kv_first + warp_row);
+            return;
+        }
+        barrier_wait(smem.K_full(), walk.parity);
+        walk.parity ^= 1;
+        step(true);
 #pragma unroll 1
-    while (walk.steps.more()) step(false);
+        while (steps.more()) step(false);
+        if (lane == 0) barrier_arrive(smem.KV_empty());
+        store_keys<DV>(p, p.dv, p.dv_float32, work, kv_first + warp_row, dV, 1.0f);
+    });
 }
 
-// The second warpgroup: dK of the keys.
-__device__ __forceinline__ void differentiate_keys(const Layout& smem, const Work& work, const Band& band, Walk walk,
-                                                   float (&dK)[D / 8][4]) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const Elementwise elementwise{band, work.tile * TILE.cols + warp * 16};
+// The second warpgroup: dK of every tile of keys.
+__device__ __forceinline__ void differentiate_keys(const Params& p, const Layout& smem) {
+    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 % 4 * 16;
     unsigned int ones[4], no_frag[1][4];
     statistic_columns(ones, 3);
-    barrier_wait(smem.V_full(), 0);
+    Walk walk;
+    for_each_tile(p, [&](const Work& work, const Band& band, Steps steps) {
+        const int kv_first = work.tile * TILE.cols;
+        const Elementwise elementwise{band, kv_first + warp_row};
+        float dK[D / 8][4];
 
-    auto step = [&](const bool first) {  // a constant where it is inlined
-        const Stage stage = walk.stage(smem);
+        auto step = [&](const bool first) {  // a constant where it is inlined
+            const Stage stage = walk.stage(smem);
 
-        // dP^T  [64, rows]
-        float dP[N][4];
-        barrier_wait(smem.dO_full(walk.ring.stage), walk.ring.parity);
-        barrier_wait(smem.statistics_full(walk.ring.stage), walk.ring.parity);
-        wgmma_fence();
-        issue_dp(dP, smem.V, no_frag, stage, ones);
-        wgmma_wait<0>();
-        pin(dP);
+            // dP^T  [64, rows]
+            float dP[N][4];
+            barrier_wait(smem.dO_full(walk.ring.stage), walk.ring.parity);
+            barrier_wait(smem.statistics_full(walk.ring.stage), walk.ring.parity);
+            wgmma_fence();
+            issue_dp(dP, smem.V, no_frag, stage, ones);
+            wgmma_wait<0>();
+            pin(dP);
 
-        // P^T from the other warpgroup, dS^T  [64, rows]
-        unsigned int P[N / 2][4], dS[N / 2][4];
-        barrier_wait(smem.P_full(walk.slot.stage), walk.slot.parity);
+            // P^T from the other warpgroup, dS^T  [64, rows]
+            unsigned int P[N / 2][4], dS[N / 2][4];
+            barrier_wait(smem.P_full(walk.slot.stage), walk.slot.parity);
 #pragma unroll
-        for (int i = 0; i < R / 16; ++i) load_shared(P[i], P_address(smem, walk.slot.stage, i));
-        __syncwarp();
-        if (lane == 0) barrier_arrive(smem.P_empty(walk.slot.stage));
-        elementwise.score_gradients(dP, P, stage);
-        pack_all(dS, dP);
+            for (int i = 0; i < R / 16; ++i) load_shared(P[i], P_address(smem, walk.slot.stage, i));
+            __syncwarp();
+            if (lane == 0) barrier_arrive(smem.P_empty(walk.slot.stage));
+            elementwise.score_gradients(dP, P, stage);
+            pack_all(dS, dP);
 
-        // dK += dS^T Q  [64, head_dim]
-        barrier_wait(smem.Q_full(walk.ring.stage), walk.ring.parity);
-        wgmma_fence();
-        issue_gradient(dK, dS, stage.Q, !first);
-        wgmma_commit();
-        wgmma_wait<0>();
-        pin(dK);
-        pin(dS);
-        walk.advance(smem);
-    };
-    step(true);
+            // dK += dS^T Q  [64, head_dim]
+            barrier_wait(smem.Q_full(walk.ring.stage), walk.ring.parity);
+            wgmma_fence();
+            issue_gradient(dK, dS, stage.Q, !first);
+            wgmma_commit();
+            wgmma_wait<0>();
+            pin(dK);
+            pin(dS);
+            walk.advance(smem);
+            steps.advance();
+        };
+
+        if (!steps.more()) {
+            store_no_keys<D>(p, p.dk, p.dk_float32, work, kv_first + warp_row);
+            return;
+        }
+        barrier_wait(smem.V_full(), walk.parity);
+        walk.parity ^= 1;
+        step(true);
 #pragma unroll 1
-    while (walk.steps.more()) step(false);
-}
-
-// dV or dK of the tile, zero without a step.
-template <int DIM>
-__device__ __forceinline__ void store_tile(const Params& p, const Tensor& tensor, bool is_float32, const Work& work,
-                                           const float (&X)[DIM / 8][4], float scale) {
-    const int kv_row = work.tile * TILE.cols + threadIdx.x / 32 % 4 * 16;
-    store_gradient<DIM>(tensor, is_float32, work.sequence.batch, work.sequence.kv_start + kv_row, work.head,
-                        work.sequence.kv_len - kv_row, 0, X, scale, p.accumulate);
-}
-
-template <int TILES>
-__device__ __forceinline__ void clear(float (&X)[TILES][4]) {
-#pragma unroll
-    for (int n = 0; n < TILES; ++n) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) X[n][r] = 0.0f;
-    }
+        while (steps.more()) step(false);
+        if (lane == 0) barrier_arrive(smem.KV_empty());
+        store_keys<D>(p, p.dk, p.dk_float32, work, kv_first + warp_row, dK, p.scale);
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -183,6 +191,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x == 0) {
         barrier_init(smem.K_full(), 1);
         barrier_init(smem.V_full(), 1);
+        barrier_init(smem.KV_empty(), 8);
         for (int slot = 0; slot < P_SLOTS; ++slot) {
             barrier_init(smem.P_full(slot), 4);
             barrier_init(smem.P_empty(slot), 4);
@@ -197,35 +206,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     __syncthreads();
 
-    const Work work = find_work<TILE.cols, true>(p, blockIdx.x, p.kv_tiles, p.heads / p.group);
-    const Band band(p, work.sequence);
-    const Steps steps(work, band, p.group);
-    const int warp = threadIdx.x / 32;
+    const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0);  // known to be the same in all lanes
     if (warp < 4) {
         release_registers<40>();
         if (threadIdx.x == 0) {
-            load(p, Q_map, K_map, V_map, dO_map, smem, work, steps);
+            load(p, Q_map, K_map, V_map, dO_map, smem);
         } else if (warp == 2) {
-            load_statistics(p, smem, work.sequence, steps);
+            load_statistics(p, smem);
         }
     } else {
         take_registers<232>();
         if (warp < 8) {
-            float dV[DV / 8][4];
-            if (steps.more()) {
-                differentiate_values(p, smem, work, band, Walk{steps}, dV);
-            } else {
-                clear(dV);
-            }
-            store_tile<DV>(p, p.dv, p.dv_float32, work, dV, 1.0f);
+            differentiate_values(p, smem);
         } else {
-            float dK[D / 8][4];
-            if (steps.more()) {
-                differentiate_keys(smem, work, band, Walk{steps}, dK);
-            } else {
-                clear(dK);
-            }
-            store_tile<D>(p, p.dk, p.dk_float32, work, dK, p.scale);
+            differentiate_keys(p, smem);
         }
     }
 }

@@ -27,6 +27,10 @@ constexpr bool FOLD = EARLY_P && !SPEC.alibi && SPEC.dtype == Dtype::bfloat16;
 constexpr int V_STEPS = FOLD && R == 64 && DV == 128 ? 2 : 0;  // steps of dP whose part of V stays in registers
 constexpr float NEVER = 1e30f;                                 // as the LSE of a row outside the sequence: P = 0
 
+// Deterministic sums of dQ take the tiles of keys in order. Tiles of queries from the last to the first then suit a
+// causal mask: thread blocks that start one after the other stay one after the other, and nobody waits.
+constexpr bool DESCENDING = SPEC.deterministic;
+
 // The steps of a tile of keys: the tiles of queries that may attend to it, of every head of its group.
 struct Steps {
     TileRange tiles;
@@ -37,41 +41,62 @@ struct Steps {
         : tiles(band.q_tiles(work.tile * TILE.cols, min((work.tile + 1) * TILE.cols, band.kv_len) - 1)),
           head(work.head * group),
           last_head(tiles.first < tiles.last ? head + group : head),
-          tile(tiles.first) {}
+          tile(DESCENDING ? tiles.last - 1 : tiles.first) {}
 
     __device__ __forceinline__ bool more() const { return head < last_head; }
     __device__ __forceinline__ void advance() {
-        if (++tile == tiles.last) {
-            tile = tiles.first;
+        if (tile == (DESCENDING ? tiles.first : tiles.last - 1)) {
+            tile = DESCENDING ? tiles.last - 1 : tiles.first;
             ++head;
+        } else {
+            tile += DESCENDING ? -1 : 1;
         }
     }
 };
 
-// One thread: the copies of K and V once, of Q and dO for every step.
+// The tiles of keys that are this thread block's share: visit(work, band, steps).
+template <typename Visit>
+__device__ __forceinline__ void for_each_tile(const Params& p, Visit visit) {
+    const int kv_heads = p.heads / p.group, blocks = p.kv_tiles * kv_heads * p.batch;
+#pragma unroll 1
+    for (int round = 0; round < ceil_div(blocks, gridDim.x); ++round) {
+        const int block = work_of_round(round);
+        if (block >= blocks) break;
+        const Work work = find_work<TILE.cols, true>(p, block, p.kv_tiles, kv_heads);
+        const Band band(p, work.sequence);
+        visit(work, band, Steps(work, band, p.group));
+    }
+}
+
+// One thread: the copies of K and V for every tile, of Q and dO for every step.
 template <typename Layout>
 __device__ __forceinline__ void load(const Params& p, const TensorMap& Q_map, const TensorMap& K_map,
-                                     const TensorMap& V_map, const TensorMap& dO_map, const Layout& smem,
-                                     const Work& work, Steps steps) {
-    const int kv_first = work.tile * TILE.cols, batch = work.sequence.batch;
+                                     const TensorMap& V_map, const TensorMap& dO_map, const Layout& smem) {
     Ring ring;
-    for (bool first = true; steps.more(); steps.advance(), first = false) {
-        const int stage = ring.stage, q_first = steps.tile * R;
-        if (first) {
-            barrier_expect(smem.K_full(), K_BYTES);
-            load_tile_tma(smem.K, K_map, smem.K_full(), kv_first, work.head, batch, EVICT_FIRST);
+    unsigned int parity = 0;  // of the phase of K and V
+    for_each_tile(p, [&](const Work& work, const Band& band, Steps steps) {
+        const int kv_first = work.tile * TILE.cols, batch = work.sequence.batch;
+        for (bool first = true; steps.more(); steps.advance(), first = false) {
+            const int stage = ring.stage, q_first = steps.tile * R;
+            if (first) {
+                barrier_wait(smem.KV_empty(), parity ^ 1);
+                barrier_expect(smem.K_full(), K_BYTES);
+                load_tile_tma(smem.K, K_map, smem.K_full(), kv_first, work.head, batch, EVICT_FIRST);
+            }
+            barrier_wait(smem.empty(stage), ring.parity ^ 1);
+            barrier_expect(smem.Q_full(stage), Q_BYTES);
+            load_tile_tma(smem.Q + stage * Q_BYTES, Q_map, smem.Q_full(stage), q_first, steps.head, batch, EVICT_LAST);
+            if (first) {
+                barrier_expect(smem.V_full(), V_BYTES);
+                load_tile_tma(smem.V, V_map, smem.V_full(), kv_first, work.head, batch, EVICT_FIRST);
+                parity ^= 1;
+            }
+            barrier_expect(smem.dO_full(stage), DO_BYTES);
+            load_tile_tma(smem.dO + stage * DO_BYTES, dO_map, smem.dO_full(stage), q_first, steps.head, batch,
+                          EVICT_LAST);
+            ring.advance();
         }
-        barrier_wait(smem.empty(stage), ring.parity ^ 1);
-        barrier_expect(smem.Q_full(stage), Q_BYTES);
-        load_tile_tma(smem.Q + stage * Q_BYTES, Q_map, smem.Q_full(stage), q_first, steps.head, batch, EVICT_LAST);
-        if (first) {
-            barrier_expect(smem.V_full(), V_BYTES);
-            load_tile_tma(smem.V, V_map, smem.V_full(), kv_first, work.head, batch, EVICT_FIRST);
-        }
-        barrier_expect(smem.dO_full(stage), DO_BYTES);
-        load_tile_tma(smem.dO + stage * DO_BYTES, dO_map, smem.dO_full(stage), q_first, steps.head, batch, EVICT_LAST);
-        ring.advance();
-    }
+    });
 }
 
 // x = hi + mid + lo to 24 bits, each a bfloat16.
@@ -85,40 +110,42 @@ __device__ __forceinline__ void split(float x, float (&term)[3]) {
 
 // One warp: LSE and D of every step's rows, as the math warpgroups take them.
 template <typename Layout>
-__device__ __forceinline__ void load_statistics(const Params& p, const Layout& smem, const Sequence& sequence,
-                                                Steps steps) {
+__device__ __forceinline__ void load_statistics(const Params& p, const Layout& smem) {
     const int lane = threadIdx.x % 32;
     Ring ring;
-    for (; steps.more(); steps.advance()) {
-        const int q_first = steps.tile * R, rows = sequence.q_len - q_first;
-        const float* lse_gmem = statistic_rows(p.lse, sequence.batch, sequence.q_start + q_first, steps.head);
-        const float* delta_gmem = statistic_rows(p.delta, sequence.batch, sequence.q_start + q_first, steps.head);
-        float lse[R / 32], delta[R / 32];
+    for_each_tile(p, [&](const Work& work, const Band& band, Steps steps) {
+        const Sequence& sequence = work.sequence;
+        for (; steps.more(); steps.advance()) {
+            const int q_first = steps.tile * R, rows = sequence.q_len - q_first;
+            const float* lse_gmem = statistic_rows(p.lse, sequence.batch, sequence.q_start + q_first, steps.head);
+            const float* delta_gmem = statistic_rows(p.delta, sequence.batch, sequence.q_start + q_first, steps.head);
+            float lse[R / 32], delta[R / 32];
 #pragma unroll
-        for (int i = 0; i < R / 32; ++i) {
-            const int row = lane + 32 * i;
-            lse[i] = row < rows ? lse_gmem[row] : MINUS_INFINITY;
-            delta[i] = row < rows ? delta_gmem[row] : 0.0f;
-        }
-        barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
-#pragma unroll
-        for (int i = 0; i < R / 32; ++i) {
-            const unsigned int row_smem = smem.statistics + ring.stage * STATISTIC_BYTES + (lane + 32 * i) * 16;
-            const float reference = lse[i] == MINUS_INFINITY ? NEVER : lse[i];  // a row that attends to nothing
-            if constexpr (FOLD) {
-                float s[3], d[3];
-                split(-reference / p.scale, s);
-                split(-delta[i], d);
-                store_shared(row_smem, pack(s[0], s[1]), pack(s[2], d[0]), pack(d[1], d[2]), 0u);
-            } else {
-                store_shared(row_smem, __float_as_uint(reference * UNIT), __float_as_uint(delta[i]), 0u, 0u);
+            for (int i = 0; i < R / 32; ++i) {
+                const int row = lane + 32 * i;
+                lse[i] = row < rows ? lse_gmem[row] : MINUS_INFINITY;
+                delta[i] = row < rows ? delta_gmem[row] : 0.0f;
             }
+            barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
+#pragma unroll
+            for (int i = 0; i < R / 32; ++i) {
+                const unsigned int row_smem = smem.statistics + ring.stage * STATISTIC_BYTES + (lane + 32 * i) * 16;
+                const float reference = lse[i] == MINUS_INFINITY ? NEVER : lse[i];  // a row that attends to nothing
+                if constexpr (FOLD) {
+                    float s[3], d[3];
+                    split(-reference / p.scale, s);
+                    split(-delta[i], d);
+                    store_shared(row_smem, pack(s[0], s[1]), pack(s[2], d[0]), pack(d[1], d[2]), 0u);
+                } else {
+                    store_shared(row_smem, __float_as_uint(reference * UNIT), __float_as_uint(delta[i]), 0u, 0u);
+                }
+            }
+            fence_async_proxy();
+            __syncwarp();
+            if (lane == 0) barrier_arrive(smem.statistics_full(ring.stage));
+            ring.advance();
         }
-        fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(smem.statistics_full(ring.stage));
-        ring.advance();
-    }
+    });
 }
 
 // A step's operands: addresses in shared memory.
@@ -264,3 +291,18 @@ struct Elementwise {
         }
     }
 };
+
+// dK or dV of one warp's 16 keys from `kv_row` on, zero where no query attends to them.
+template <int DIM>
+__device__ __forceinline__ void store_keys(const Params& p, const Tensor& tensor, bool is_float32, const Work& work,
+                                           int kv_row, const float (&X)[DIM / 8][4], float scale) {
+    store_gradient<DIM>(tensor, is_float32, work.sequence.batch, work.sequence.kv_start + kv_row, work.head,
+                        work.sequence.kv_len - kv_row, 0, X, scale, p.accumulate);
+}
+
+template <int DIM>
+__device__ __forceinline__ void store_no_keys(const Params& p, const Tensor& tensor, bool is_float32, const Work& work,
+                                              int kv_row) {
+    const float zeros[DIM / 8][4] = {};
+    store_keys<DIM>(p, tensor, is_float32, work, kv_row, zeros, 1.0f);
+}

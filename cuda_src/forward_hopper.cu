@@ -49,12 +49,6 @@ __device__ __forceinline__ TileRange tiles_of_work(const Band& band, int q_first
     return band.kv_tiles(q_first, min(q_first + TILE.rows, q_len) - 1);
 }
 
-// Number `round` of a thread block's share of the work. Rounds alternate in direction: where the work of a round falls
-// from its first item to its last, the sums of two rounds are equal.
-__device__ __forceinline__ int work_of_round(int round) {
-    return round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-}
-
 // One thread: the copies of all work, in the order the consumers need them.
 __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map, const TensorMap& K_map,
                                         const TensorMap& V_map, const Layout& smem, int blocks) {

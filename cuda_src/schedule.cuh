@@ -91,3 +91,9 @@ __device__ __forceinline__ TileRange tiles_of(int start, int stop, int length, i
     stop = min(stop, length);
     return start < stop ? TileRange{start / tile_rows, ceil_div(stop, tile_rows)} : TileRange{0, 0};
 }
+
+// Number `round` of a thread block's share of the work. Rounds alternate in direction: where the work of a round falls
+// from its first item to its last, the sums of two rounds are equal.
+__device__ __forceinline__ int work_of_round(int round) {
+    return round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+}

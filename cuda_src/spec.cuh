@@ -16,6 +16,7 @@ struct Spec {
     bool packed;  // sequences are delimited by cu_seqlens
     bool dropout;
     bool deterministic;
+    bool lean;        // the backward uses no workspace for dQ
     bool allow_tf32;  // float32 products with one TF32 term instead of three
 };
 

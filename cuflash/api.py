@@ -164,7 +164,8 @@ def flash_attention_backward(
     accumulate : bool
         Add into the given dq, dk and dv (all three) instead of overwriting them.
     memory : "fast" or "lean"
-        "lean" asks for the least workspace. (The NumPy backend has one way, which is lean.)
+        "lean" asks for the least workspace: one float32 a query row. "fast" may take one float32 an element of q
+        besides, where that is faster. (NumPy has one way, which is lean.)
 
     The other parameters and the errors are those of `flash_attention`.
 

@@ -44,6 +44,7 @@ class Spec:
     packed: bool = False  # sequences are delimited by cu_seqlens
     dropout: bool = False
     deterministic: bool = False
+    lean: bool = False  # the backward uses no workspace for dQ
     allow_tf32: bool = False  # float32 products with one TF32 term instead of three
 
     def render(self) -> str:

@@ -82,10 +82,10 @@ _HOPPER_FORWARD_LONG = {
     64: (128, 128, 2, 12, 1),
     128: (128, 128, 2, 12, 1),
 }
-# Tiles of the Hopper backward as (rows, cols, stages, warps), by kernel and head dimension: a producer warpgroup and two
-# that compute. Registers of a lane: in dK and dV together head_dim (wide: head_dim / 2, one of the two a warpgroup),
-# rows / 2 each for S and dP, rows / 4 each for P and dS; in dQ head_dim / 2, cols / 2 each for S and dP, cols / 4 for
-# dS, and head_dim / 2 for Q and dO where they stay in registers.
+# Tiles of the Hopper backward as (rows, cols, stages, warps), by kernel and head dimension: a producer warpgroup and
+# two that compute. Registers of a lane: in dK and dV together head_dim (wide: head_dim / 2, one of the two a
+# warpgroup), rows / 2 each for S and dP, rows / 4 each for P and dS; in dQ head_dim / 2, cols / 2 each for S and dP,
+# cols / 4 for dS, and head_dim / 2 for Q and dO where they stay in registers.
 _HOPPER_BACKWARD = {
     "backward_hopper": {64: (128, 128, 2, 12), 128: (64, 128, 2, 12)},
     "backward_hopper_wide": {256: (64, 64, 2, 12)},
@@ -102,7 +102,7 @@ _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, h
     "forward_hopper": ("bounded_left", "bounded_right", "softcap", "alibi", "sinks", "dropout"),
     "backward_portable_dkv": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "allow_tf32"),
     "backward_portable_dq": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "allow_tf32"),
-    "backward_hopper": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "deterministic"),
+    "backward_hopper": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "deterministic", "lean"),
     "backward_hopper_wide": ("bounded_left", "bounded_right", "alibi"),
     "backward_hopper_dq": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout"),
     "backward_prepare": (),
@@ -137,7 +137,7 @@ def kernels_of(spec: Spec, *, backward: bool, hopper: bool = False) -> tuple[str
         return (*first, "backward_portable_dkv", "backward_portable_dq")
     if spec.head_dim in _HOPPER_BACKWARD["backward_hopper_wide"]:
         return (*first, "backward_hopper_wide", "backward_hopper_dq")
-    return (*first, "backward_hopper", "backward_hopper_dq" if spec.deterministic else "backward_finish")
+    return (*first, "backward_hopper", "backward_hopper_dq" if spec.lean else "backward_finish")
 
 
 def has_hopper(spec: Spec, *, backward: bool) -> bool:
@@ -205,11 +205,11 @@ def shared_bytes(kernel: str, spec: Spec, tile: Tile) -> int:
         tiles = (tile.cols + tile.stages * tile.rows) * (spec.head_dim + spec.head_dim_v)
         if kernel == "backward_hopper_wide":  # P in two slots
             exchanged = 2 * tile.rows * tile.cols * element_bytes
-        elif spec.deterministic:
+        elif spec.lean:
             exchanged = 0
         else:  # dS in a ring, and dQ in float32, one piece a warpgroup
             exchanged = (3 if tile.rows == 64 else 2) * tile.rows * tile.cols * element_bytes + 2 * 64 * 64 * 4
-        return tiles * element_bytes + exchanged + tile.stages * tile.rows * 16 + 64 + 32 * tile.stages
+        return tiles * element_bytes + exchanged + tile.stages * tile.rows * 16 + 72 + 32 * tile.stages
 
     def pitch(dim: int) -> int:  # row_pitch of cuda_src/product.cuh
         step = 16 * tile.split

@@ -32,6 +32,7 @@ logger = logging.getLogger("cuflash")
 MAX_LENGTH = 2**29  # tokens: positions and bounds are 32-bit integers in the kernels
 _UNBOUNDED = 2**30 - 1024  # a mask's bound beyond every position
 _MAX_BLOCKS = 2**31 - 1
+_FEW_TILES = {"backward_hopper": 32, "backward_hopper_wide": 64}  # a head, for a persistent grid under a mask
 _SECTION_BYTES = 2**25  # of the L2 cache
 _SHARED_SIZE_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
@@ -43,7 +44,7 @@ PARAMS = (
       for field in ("data", "batch_stride", "row_stride", "head_stride")),
     *((f"{name}.{field}", "P" if field == "data" else "q") for name in _STATISTICS
       for field in ("data", "batch_stride", "head_stride")),
-    ("dq_sum", "P"), ("alibi_slopes", "P"), ("alibi_batch_stride", "q"), ("alibi_head_stride", "q"),
+    ("dq_sum", "P"), ("dq_turns", "P"), ("alibi_slopes", "P"), ("alibi_batch_stride", "q"), ("alibi_head_stride", "q"),
     ("sinks", "P"), ("sinks_stride", "q"), ("dsinks", "P"),
     ("cu_seqlens_q", "P"), ("cu_seqlens_k", "P"), ("seed", "Q"),
     *((name, "i") for name in ("batch", "heads", "group", "q_len", "kv_len", "q_tiles", "kv_tiles", "section_heads",
@@ -59,8 +60,18 @@ PARAMS_OFFSETS = {
 }
 _POINTER = struct.Struct("@P")
 # The arrays of a call, in this order everywhere below, and where their pointers lie.
-_ARRAYS = (*_TENSORS, *_STATISTICS, "dsinks", "dq_sum", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
-_DQ_SUM = _ARRAYS.index("dq_sum")
+_ARRAYS = (
+    *_TENSORS,
+    *_STATISTICS,
+    "dsinks",
+    "dq_sum",
+    "dq_turns",
+    "alibi_slopes",
+    "sinks",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+)
+_DQ_SUM, _DQ_TURNS = _ARRAYS.index("dq_sum"), _ARRAYS.index("dq_turns")
 _POINTERS = tuple(PARAMS_OFFSETS.get(name, PARAMS_OFFSETS.get(f"{name}.data", -1)) for name in _ARRAYS)
 
 
@@ -73,7 +84,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, like: Any) -> Any:
 
 def forward(problem: Problem, q: Any, k: Any, v: Any, out: Any, lse: Any, extras: Extras) -> None:
     """Write out and lse; the arrays as for cuflash.numpy_backend.forward, on one GPU."""
-    arrays = (q, k, v, out, None, None, None, None, lse, None, None, None, None, *extras)
+    arrays = (q, k, v, out, None, None, None, None, lse, None, None, None, None, None, *extras)
     with _on_device(q):
         _run(problem, arrays, backward=False)
 
@@ -104,7 +115,7 @@ def backward(
     cupy = toolchain.import_cupy()
     with _on_device(q):
         delta = cupy.empty(lse.shape, lse.dtype)
-        arrays = (q, k, v, out, dout, dq, dk, dv, lse, dlse, delta, dsinks, None, *extras)
+        arrays = (q, k, v, out, dout, dq, dk, dv, lse, dlse, delta, dsinks, None, None, *extras)
         workspace = _run(problem, arrays, backward=True, accumulate=accumulate, lean=lean)
         if cupy.cuda.get_current_stream().is_capturing():
             _CAPTURED.extend((delta, workspace))  # a graph goes on using them after this call
@@ -135,16 +146,17 @@ class _Launch(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """What a call launches, and the float32 elements of dq_sum that it needs."""
+    """What a call launches, and the elements of 4 bytes of dq_sum and dq_turns that it needs."""
 
     launches: list[_Launch]
     sum_size: int
+    turns_size: int
 
 
 def _run(
     problem: Problem, arrays: tuple[Any, ...], *, backward: bool, accumulate: bool = False, lean: bool = False
 ) -> Any:
-    """Launch a call; its dq_sum, or None."""
+    """Launch a call; its workspace for dQ, or None."""
     pointers = [0 if array is None else array.data.ptr for array in arrays]
     together = 0
     for pointer in pointers[: len(_TENSORS)]:
@@ -164,12 +176,12 @@ def _run(
         if len(_PREPARED) > 4096:
             _PREPARED.clear()
         prepared = _PREPARED[key] = _prepare(problem, arrays, backward, accumulate, lean, together % 16 == 0)
-    dq_sum = None
+    workspace = None
     if prepared.sum_size:
-        cupy = toolchain.import_cupy()
-        dq_sum = cupy.empty(prepared.sum_size, np.float32)
-        dq_sum.data.memset_async(0, dq_sum.nbytes)
-        pointers[_DQ_SUM] = dq_sum.data.ptr
+        workspace = toolchain.import_cupy().empty(prepared.sum_size + prepared.turns_size, np.float32)
+        workspace.data.memset_async(0, workspace.nbytes)
+        pointers[_DQ_SUM] = workspace.data.ptr
+        pointers[_DQ_TURNS] = workspace.data.ptr + 4 * prepared.sum_size
     for kernel, blocks, template, mapped, maps in prepared.launches:
         params = bytearray(template)
         for offset, pointer in zip(_POINTERS, pointers, strict=True):
@@ -185,7 +197,7 @@ def _run(
                 found = maps[place] = [tensor_map.tile_map(arrays[index], rows) for index, rows in mapped]
             arguments += found
         kernel.function((blocks, 1, 1), (32 * kernel.tile.warps, 1, 1), arguments, kernel.shared_bytes)
-    return dq_sum
+    return workspace
 
 
 _PREPARED: dict[Any, _Prepared] = {}
@@ -203,8 +215,7 @@ def _prepare(
         raise UnsupportedError(f"q, k: got lengths {problem.q_len} and {problem.kv_len}; the kernels go to 2^29 tokens")
     named: dict[str, Any] = dict(zip(_ARRAYS, arrays, strict=True))
     hopper = _takes_hopper(problem, target, named, backward)
-    # dQ by a kernel of its own needs no workspace, and is what deterministic gradients need too.
-    spec = replace(problem.spec, deterministic=problem.spec.deterministic or lean)
+    spec = replace(problem.spec, lean=lean, deterministic=problem.spec.deterministic and not lean)  # lean always is
     names = tuning.kernels_of(spec, backward=backward, hopper=hopper)
     vector = _vector(problem.spec, arrays[: len(_TENSORS)]) if aligned else _element_bytes(problem.spec)
     jobs = [(name, tuning.kernel_spec(name, spec), vector, target, device) for name in names]
@@ -215,7 +226,7 @@ def _prepare(
             kernels = list(pool.map(lambda job: _kernel(*job), jobs))
     # The tile whose rows divide the queries of dq_sum is that of the kernel that adds to it.
     rows = {name: kernel.tile.rows for name, kernel in zip(names, kernels, strict=True)}
-    launches, sum_size = [], 0
+    launches, sum_size, turns_size = [], 0, 0
     for name, kernel in zip(names, kernels, strict=True):
         logger.debug("%s %s for %s on device %d", name, kernel.tile, spec, device)
         q_tiles = _tiles(problem, problem.q_len, kernel.tile.rows)
@@ -223,7 +234,9 @@ def _prepare(
             q_tiles = (
                 _tiles(problem, problem.q_len, rows["backward_hopper"]) * rows["backward_hopper"] // kernel.tile.rows
             )
-            sum_size = problem.batch * problem.heads * q_tiles * kernel.tile.rows * spec.head_dim
+            pieces = problem.batch * problem.heads * q_tiles * (spec.head_dim // kernel.tile.cols)
+            sum_size = pieces * kernel.tile.rows * kernel.tile.cols
+            turns_size = pieces if spec.deterministic else 0
         blocks = _blocks(name, problem, kernel.tile, device, q_tiles)
         if blocks > _MAX_BLOCKS:
             raise UnsupportedError(f"q: got a problem of {blocks} tiles; the kernels go to 2^31 - 1: split the batch")
@@ -232,7 +245,7 @@ def _prepare(
             params = _params(problem, kernel.tile, named, q_tiles, section_heads, accumulate)
             mapped = tuple((_ARRAYS.index(array), getattr(kernel.tile, side)) for array, side in _MAPPED.get(name, ()))
             launches.append(_Launch(kernel, blocks, params, mapped, {}))
-    return _Prepared(launches, sum_size)
+    return _Prepared(launches, sum_size, turns_size)
 
 
 # The arrays that a kernel loads by tensor maps, in the order of its arguments, and the side of its tile they follow.
@@ -319,21 +332,24 @@ def _blocks(name: str, problem: Problem, tile: Tile, device: int, q_tiles: int) 
     """Thread blocks of a kernel's grid."""
     batch = 1 if problem.spec.packed else problem.batch  # packed sequences share one range of tiles
     q_blocks = q_tiles * problem.heads * batch
-    kv_blocks = _tiles(problem, problem.kv_len, tile.cols) * problem.kv_heads * batch
+    kv_tiles = _tiles(problem, problem.kv_len, tile.cols)
+    kv_blocks = kv_tiles * problem.kv_heads * batch
     uneven = problem.spec.bounded_left or problem.spec.bounded_right
+
+    def persistent(blocks: int, tiles: int) -> int:
+        """Equal tiles, or few a head: each multiprocessor loops over its share. Many unequal ones: a block each, so
+        that a multiprocessor that is done takes the next."""
+        return blocks if uneven and tiles > _FEW_TILES.get(name, 8) else min(blocks, _multiprocessors(device))
+
     counts: dict[str, Callable[[], int]] = {
         "forward_portable": lambda: q_blocks,
-        # Equal tiles, or few a head: each multiprocessor loops over its share. Many unequal ones: a block each, so
-        # that a multiprocessor that is done takes the next.
-        "forward_hopper": lambda: (
-            q_blocks if uneven and q_blocks > 8 * problem.heads * batch else min(q_blocks, _multiprocessors(device))
-        ),
+        "forward_hopper": lambda: persistent(q_blocks, q_tiles),
         "backward_prepare": lambda: -(-problem.q_len * batch // tile.rows),
         "backward_sinks": lambda: problem.heads,
         "backward_portable_dkv": lambda: kv_blocks,
         "backward_portable_dq": lambda: q_blocks,
-        "backward_hopper": lambda: kv_blocks,
-        "backward_hopper_wide": lambda: kv_blocks,
+        "backward_hopper": lambda: persistent(kv_blocks, kv_tiles),
+        "backward_hopper_wide": lambda: persistent(kv_blocks, kv_tiles),
         "backward_hopper_dq": lambda: q_blocks,
         "backward_finish": lambda: q_blocks * (problem.spec.head_dim // tile.cols),
     }
