@@ -23,9 +23,10 @@ SHARED_MEMORY = {
 MAX_HEAD_DIM = 256  # of the portable kernels
 
 
-def numpy_tile(q_len: int, kv_len: int) -> Tile:
+def numpy_tile(q_len: int, kv_len: int, itemsize: int) -> Tile:
     """The NumPy backend's tile: score tiles that stay in a core's cache, few enough for Python's cost to vanish."""
-    return Tile(rows=min(256, max(q_len, 1)), cols=min(512, max(kv_len, 1)))
+    rows, cols = (256, 512) if itemsize <= 4 else (128, 256)
+    return Tile(rows=min(rows, max(q_len, 1)), cols=min(cols, max(kv_len, 1)))
 
 
 # Tiles of the portable kernels as (rows, cols, stages, warps, split, blocks), by kernel, width of an element in bytes

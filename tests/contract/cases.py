@@ -229,7 +229,7 @@ EDGES: dict[str, dict[str, Any]] = {
     "packed, ragged": {"sequences": ((1, 1), (17, 17), (127, 127), (128, 128), (129, 129)), "causal": True},
     "packed, long tail": {"sequences": ((20, 30), (30, 20)), "tail": 300, "causal": True, "dlse": True},
     "one key head for eight": {"heads": 8, "kv_heads": 1, "causal": True},
-    "head_dim 1": {"q_len": 129, "kv_len": 129, "head_dim": 1, "head_dim_v": 1},
+    "head_dim 1": {"head_dim": 1, "head_dim_v": 1},
     "head_dim 7 and 33": {"head_dim": 7, "head_dim_v": 33},
     "head_dim 8 and 256": {"head_dim": 8, "head_dim_v": 256},
     "head_dim 256 and 8": {"head_dim": 256, "head_dim_v": 8},
