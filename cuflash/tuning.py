@@ -74,12 +74,14 @@ _ROWWISE = Tile(rows=1, cols=1, warps=8)  # kernels that work row by row
 # for every 64 rows. Registers: a lane keeps cols / 2 of S, cols / 4 of each set of P and head_dim / 2 of O, of 240 (160
 # with three warpgroups); a long score stage leaves fewer.
 _HOPPER_FORWARD = {
-    64: (192, 128, 2, 16, 1),
-    128: (128, 128, 2, 12, 2),
+    64: (192, 128, 2, 16, 1),  # 64 + 32 + 32
+    128: (128, 128, 2, 12, 2),  # 64 + 64 + 64
+    256: (128, 64, 2, 12, 2),  # 32 + 32 + 128
 }
 _HOPPER_FORWARD_LONG = {
     64: (128, 128, 2, 12, 1),
     128: (128, 128, 2, 12, 1),
+    256: (128, 64, 2, 12, 1),
 }
 _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, head_dim_v and packed
     "forward_portable": ("bounded_left", "bounded_right", "softcap", "alibi", "sinks", "dropout", "allow_tf32"),
