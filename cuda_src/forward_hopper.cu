@@ -13,7 +13,8 @@
 #include "tma.cuh"
 #include "wgmma.cuh"
 
-constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
+// Head dimensions in whole panels of 64 columns; columns beyond the tensors' are zeros.
+constexpr int D = round_up(SPEC.head_dim, 64), DV = round_up(SPEC.head_dim_v, 64);
 constexpr int GROUPS = TILE.warps / 4 - 1;                            // warpgroups that compute
 constexpr int N = TILE.cols / 8;                                      // accumulator tiles across S
 constexpr int N_OUT = DV / 8;                                         // and across O
@@ -21,10 +22,11 @@ constexpr int Q_PANEL = TILE.rows * 128, KV_PANEL = TILE.cols * 128;  // bytes o
 constexpr int Q_BYTES = D / 64 * Q_PANEL, K_BYTES = D / 64 * KV_PANEL, V_BYTES = DV / 64 * KV_PANEL;
 constexpr int PRODUCER_REGISTERS = GROUPS == 3 ? 32 : 24, MATH_REGISTERS = GROUPS == 3 ? 160 : 240;
 static_assert(!SPEC.dropout || TILE.p_sets == 1);
-static_assert(TILE.rows == 64 * GROUPS && D % 64 == 0 && DV % 64 == 0);
+static_assert(TILE.rows == 64 * GROUPS && TILE.cols % 16 == 0);
 
 // Without softcap and ALiBi S stays as the product gives it, and the scale joins the subtraction of the maximum.
 constexpr bool RAW_SCORES = !SPEC.softcap && !SPEC.alibi;
+constexpr bool LONG_SCORE_STAGE = !RAW_SCORES || SPEC.dropout;  // which needs registers of its own
 // How far (in log2) scores may grow past m before m follows: P stays below 2^8.
 constexpr float RESCALE_THRESHOLD = 8.0f;
 // The largest sum of a lane's part of a row of P for which P counts as in range (also of float16).
@@ -82,6 +84,20 @@ __device__ __forceinline__ int work_of_round(int round) {
     return round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
 }
 
+// X_smem = the tile at row `row` of one head, DIM columns in panels of PANEL bytes.
+template <int DIM, int PANEL>
+__device__ __forceinline__ void load_panels(unsigned int X_smem, const TensorMap& map, unsigned int barrier, int row,
+                                            int head, int batch, unsigned long long policy) {
+    if constexpr (DIM % 64 == 0) {
+        load_tile_tma(X_smem, map, barrier, row, head, batch, policy);
+    } else {
+#pragma unroll
+        for (int panel = 0; panel < ceil_div(DIM, 64); ++panel) {
+            load_panel_tma(X_smem + panel * PANEL, map, barrier, 64 * panel, row, head, batch, policy);
+        }
+    }
+}
+
 // One thread: the copies of all work, in the order the consumers need them.
 __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map, const TensorMap& K_map,
                                         const TensorMap& V_map, const Layout& smem, int blocks) {
@@ -97,16 +113,18 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map,
 
         barrier_wait(smem.Q_empty(), q_parity ^ 1);
         barrier_expect(smem.Q_full(), Q_BYTES);
-        load_tile_tma(smem.Q, Q_map, smem.Q_full(), q_first, work.head, batch, EVICT_FIRST);
+        load_panels<SPEC.head_dim, Q_PANEL>(smem.Q, Q_map, smem.Q_full(), q_first, work.head, batch, EVICT_FIRST);
         q_parity ^= 1;
         for (int tile = tiles.first; tile < tiles.last; ++tile) {
             const int stage = ring.stage, kv_first = tile * TILE.cols;
             barrier_wait(smem.K_empty(stage), ring.parity ^ 1);
             barrier_expect(smem.K_full(stage), K_BYTES);
-            load_tile_tma(smem.K + stage * K_BYTES, K_map, smem.K_full(stage), kv_first, kv_head, batch, EVICT_LAST);
+            load_panels<SPEC.head_dim, KV_PANEL>(smem.K + stage * K_BYTES, K_map, smem.K_full(stage), kv_first, kv_head,
+                                                 batch, EVICT_LAST);
             barrier_wait(smem.V_empty(stage), ring.parity ^ 1);
             barrier_expect(smem.V_full(stage), V_BYTES);
-            load_tile_tma(smem.V + stage * V_BYTES, V_map, smem.V_full(stage), kv_first, kv_head, batch, EVICT_LAST);
+            load_panels<SPEC.head_dim_v, KV_PANEL>(smem.V + stage * V_BYTES, V_map, smem.V_full(stage), kv_first,
+                                                   kv_head, batch, EVICT_LAST);
             ring.advance();
         }
     }
@@ -224,14 +242,15 @@ __device__ __forceinline__ void pack_all(unsigned int (&P)[N / 2][4], float (&S)
 
 // S = Q K^T  [64, cols], asynchronous.
 __device__ __forceinline__ void issue_scores(float (&S)[N][4], unsigned int Q_smem, unsigned int K_smem) {
-    // Q stays in place, so the descriptors of its steps are constant; more than eight of them would crowd the uniform
-    // registers, so they are then computed each time from an address that looks new.
-    if constexpr (D > 128) asm volatile("" : "+r"(Q_smem));
+    // Q stays in place, so the compiler keeps the descriptors of all steps in uniform registers. Where these are too
+    // many beside the rest, an address that looks new has them computed here each time.
+    if constexpr (D > 128 || DV > 128 || LONG_SCORE_STAGE) asm volatile("" : "+r"(Q_smem));
     const unsigned long long Q = tile_descriptor(Q_smem, 16), K = tile_descriptor(K_smem, 16);
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
         const int in_panel = step % 4 * 2;  // 32 bytes
-        wgmma_ss(S, Q + step / 4 * (Q_PANEL / 16) + in_panel, K + step / 4 * (KV_PANEL / 16) + in_panel, step > 0);
+        wgmma_ss<K_MAJOR>(S, Q + step / 4 * (Q_PANEL / 16) + in_panel, K + step / 4 * (KV_PANEL / 16) + in_panel,
+                          step > 0);
     }
     wgmma_commit();
 }
@@ -241,7 +260,7 @@ __device__ __forceinline__ void issue_output(float (&O)[N_OUT][4], unsigned int 
                                              bool add) {
     const unsigned long long V = tile_descriptor(V_smem, KV_PANEL);
 #pragma unroll
-    for (int step = 0; step < TILE.cols / 16; ++step) wgmma_rs(O, P[step], V + step * 128, add || step > 0);
+    for (int step = 0; step < TILE.cols / 16; ++step) wgmma_rs<MN_MAJOR>(O, P[step], V + step * 128, add || step > 0);
     wgmma_commit();
 }
 
@@ -261,7 +280,7 @@ __device__ __forceinline__ void finish_rows(const Params& p, const Work& work, i
         if (lane % 4 == 0 && i < rows) lse_gmem[i] = lse;
     }
     Element* O_gmem = head_rows(p.out, sequence.batch, row, work.head);
-    store_accumulators<DV>(O_gmem, p.out.row_stride, rows, 0, O, scale, false);
+    store_accumulators<SPEC.head_dim_v>(O_gmem, p.out.row_stride, rows, 0, O, scale, false);
 }
 
 // One warpgroup: 64 rows of every tile of work.
