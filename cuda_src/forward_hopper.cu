@@ -13,7 +13,8 @@
 #include "tma.cuh"
 #include "wgmma.cuh"
 
-constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
+// Head dimensions in whole panels of 64 columns; columns beyond the tensors' are zeros.
+constexpr int D = round_up(SPEC.head_dim, 64), DV = round_up(SPEC.head_dim_v, 64);
 constexpr int GROUPS = TILE.warps / 4 - 1;                            // warpgroups that compute
 constexpr int N = TILE.cols / 8;                                      // accumulator tiles across S
 constexpr int N_OUT = DV / 8;                                         // and across O
@@ -21,10 +22,11 @@ constexpr int Q_PANEL = TILE.rows * 128, KV_PANEL = TILE.cols * 128;  // bytes o
 constexpr int Q_BYTES = D / 64 * Q_PANEL, K_BYTES = D / 64 * KV_PANEL, V_BYTES = DV / 64 * KV_PANEL;
 constexpr int PRODUCER_REGISTERS = GROUPS == 3 ? 32 : 24, MATH_REGISTERS = GROUPS == 3 ? 160 : 240;
 static_assert(!SPEC.dropout || TILE.p_sets == 1);
-static_assert(TILE.rows == 64 * GROUPS && D % 64 == 0 && DV % 64 == 0);
+static_assert(TILE.rows == 64 * GROUPS && TILE.cols % 16 == 0);
 
 // Without softcap and ALiBi S stays as the product gives it, and the scale joins the subtraction of the maximum.
 constexpr bool RAW_SCORES = !SPEC.softcap && !SPEC.alibi;
+constexpr bool LONG_SCORE_STAGE = !RAW_SCORES || SPEC.dropout;  // which needs registers of its own
 // How far (in log2) scores may grow past m before m follows: P stays below 2^8.
 constexpr float RESCALE_THRESHOLD = 8.0f;
 // The largest sum of a lane's part of a row of P for which P counts as in range (also of float16).
@@ -49,6 +51,20 @@ __device__ __forceinline__ TileRange tiles_of_work(const Band& band, int q_first
     return band.kv_tiles(q_first, min(q_first + TILE.rows, q_len) - 1);
 }
 
+// X_smem = the tile at row `row` of one head, DIM columns in panels of PANEL bytes.
+template <int DIM, int PANEL>
+__device__ __forceinline__ void load_panels(unsigned int X_smem, const TensorMap& map, unsigned int barrier, int row,
+                                            int head, int batch, unsigned long long policy) {
+    if constexpr (DIM % 64 == 0) {
+        load_tile_tma(X_smem, map, barrier, row, head, batch, policy);
+    } else {
+#pragma unroll
+        for (int panel = 0; panel < ceil_div(DIM, 64); ++panel) {
+            load_panel_tma(X_smem + panel * PANEL, map, barrier, 64 * panel, row, head, batch, policy);
+        }
+    }
+}
+
 // One thread: the copies of all work, in the order the consumers need them.
 __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map, const TensorMap& K_map,
                                         const TensorMap& V_map, const Layout& smem, int blocks) {
@@ -64,16 +80,18 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map,
 
         barrier_wait(smem.Q_empty(), q_parity ^ 1);
         barrier_expect(smem.Q_full(), Q_BYTES);
-        load_tile_tma(smem.Q, Q_map, smem.Q_full(), q_first, work.head, batch, EVICT_FIRST);
+        load_panels<SPEC.head_dim, Q_PANEL>(smem.Q, Q_map, smem.Q_full(), q_first, work.head, batch, EVICT_FIRST);
         q_parity ^= 1;
         for (int tile = tiles.first; tile < tiles.last; ++tile) {
             const int stage = ring.stage, kv_first = tile * TILE.cols;
             barrier_wait(smem.K_empty(stage), ring.parity ^ 1);
             barrier_expect(smem.K_full(stage), K_BYTES);
-            load_tile_tma(smem.K + stage * K_BYTES, K_map, smem.K_full(stage), kv_first, kv_head, batch, EVICT_LAST);
+            load_panels<SPEC.head_dim, KV_PANEL>(smem.K + stage * K_BYTES, K_map, smem.K_full(stage), kv_first, kv_head,
+                                                 batch, EVICT_LAST);
             barrier_wait(smem.V_empty(stage), ring.parity ^ 1);
             barrier_expect(smem.V_full(stage), V_BYTES);
-            load_tile_tma(smem.V + stage * V_BYTES, V_map, smem.V_full(stage), kv_first, kv_head, batch, EVICT_LAST);
+            load_panels<SPEC.head_dim_v, KV_PANEL>(smem.V + stage * V_BYTES, V_map, smem.V_full(stage), kv_first,
+                                                   kv_head, batch, EVICT_LAST);
             ring.advance();
         }
     }
@@ -191,6 +209,9 @@ __device__ __forceinline__ void pack_all(unsigned int (&P)[N / 2][4], float (&S)
 
 // S = Q K^T  [64, cols], asynchronous.
 __device__ __forceinline__ void issue_scores(float (&S)[N][4], unsigned int Q_smem, unsigned int K_smem) {
+    // Q stays in place, so the compiler keeps the descriptors of all steps in uniform registers. Where these are too
+    // many beside the rest, an address that looks new has them computed here each time.
+    if constexpr (D > 128 || DV > 128 || LONG_SCORE_STAGE) asm volatile("" : "+r"(Q_smem));
     const unsigned long long Q = tile_descriptor(Q_smem, 16), K = tile_descriptor(K_smem, 16);
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
@@ -208,6 +229,25 @@ __device__ __forceinline__ void issue_output(float (&O)[N_OUT][4], unsigned int 
 #pragma unroll
     for (int step = 0; step < TILE.cols / 16; ++step) wgmma_rs<MN_MAJOR>(O, P[step], V + step * 128, add || step > 0);
     wgmma_commit();
+}
+
+// O / l and LSE of the 16 rows of one warp, from row `first` of the sequence on.
+__device__ __forceinline__ void finish_rows(const Params& p, const Work& work, int first, const Softmax& softmax,
+                                            const float (&O)[N_OUT][4]) {
+    const Sequence& sequence = work.sequence;
+    const int lane = threadIdx.x % 32, rows = sequence.q_len - first;  // that exist, of these 16 and those below
+    const long long row = sequence.q_start + first;
+    float* lse_gmem = statistic_rows(p.lse, sequence.batch, row, work.head);
+    float scale[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float lse;
+        scale[half] = finish_row(p, sequence, work.head, softmax.m[half] * softmax.factor, softmax.l[half], lse);
+        const int i = lane / 4 + 8 * half;
+        if (lane % 4 == 0 && i < rows) lse_gmem[i] = lse;
+    }
+    Element* O_gmem = head_rows(p.out, sequence.batch, row, work.head);
+    store_accumulators<SPEC.head_dim_v>(O_gmem, p.out.row_stride, rows, 0, O, scale, false);
 }
 
 // One warpgroup: 64 rows of every tile of work.
@@ -228,123 +268,108 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
         const Dropout dropout(p, sequence.index, head);
         Softmax softmax;
         softmax.factor = RAW_SCORES ? scores.factor : 1.0f;
+        if (tiles.first == tiles.last) {
+            // Not the O below: two places that define it would need two sets of registers.
+            const float zeros[N_OUT][4] = {};
+            finish_rows(p, work, q_first + warp_row, softmax, zeros);
+            continue;
+        }
         float O[N_OUT][4];
-        if (tiles.first < tiles.last) {
-            float S[N][4];
-            // P of tiles first, first + 2, ... and of those between; one set of registers for both if TILE.p_sets is 1
-            unsigned int P_even[N / 2][4], P_other[N / 2][4];
-            auto in_place = [&](int n, const float (&p)[4]) {
+        float S[N][4];
+        // P of tiles first, first + 2, ... and of those between; one set of registers for both if TILE.p_sets is 1
+        unsigned int P_even[N / 2][4], P_other[N / 2][4];
+        auto in_place = [&](int n, const float (&p)[4]) {
 #pragma unroll
-                for (int r = 0; r < 4; ++r) S[n][r] = p[r];
-            };
-            auto& P_odd = TILE.p_sets == 2 ? P_other : P_even;
-            float rescale[2], sum[2];
-            barrier_wait(smem.Q_full(), q_parity);
-            q_parity ^= 1;
+            for (int r = 0; r < 4; ++r) S[n][r] = p[r];
+        };
+        auto& P_odd = TILE.p_sets == 2 ? P_other : P_even;
+        float rescale[2], sum[2];
+        barrier_wait(smem.Q_full(), q_parity);
+        q_parity ^= 1;
 
-            // P_first
+        // P_first
+        barrier_wait(smem.K_full(ring.stage), ring.parity);
+        wgmma_fence();
+        issue_scores(S, Q_smem, smem.K + ring.stage * K_BYTES);
+        wgmma_wait<0>();
+        pin(S);
+        if (lane == 0) barrier_arrive(smem.K_empty(ring.stage));
+        finish_scores(S, scores, band, q_first, tiles.first * TILE.cols, warp_row);
+        softmax.follow(S, 0.0f, rescale);
+        softmax.exponentials(S, sum, in_place);
+        softmax.add(sum);
+        pack_all(P_even, S, dropout, q_first + warp_row, tiles.first * TILE.cols);
+
+        // P_tile, while O += P_{tile - 1} V_{tile - 1}
+        auto advance = [&](int tile, unsigned int (&P_previous)[N / 2][4], unsigned int (&P)[N / 2][4]) {
+            const Ring previous = ring;
+            ring.advance();
             barrier_wait(smem.K_full(ring.stage), ring.parity);
             wgmma_fence();
             issue_scores(S, Q_smem, smem.K + ring.stage * K_BYTES);
-            wgmma_wait<0>();
+            barrier_wait(smem.V_full(previous.stage), previous.parity);
+            issue_output(O, P_previous, smem.V + previous.stage * V_BYTES, tile > tiles.first + 1);
+            wgmma_wait<1>();
             pin(S);
             if (lane == 0) barrier_arrive(smem.K_empty(ring.stage));
-            finish_scores(S, scores, band, q_first, tiles.first * TILE.cols, warp_row);
-            softmax.follow(S, 0.0f, rescale);
-            softmax.exponentials(S, sum, in_place);
-            softmax.add(sum);
-            pack_all(P_even, S, dropout, q_first + warp_row, tiles.first * TILE.cols);
-
-            // P_tile, while O += P_{tile - 1} V_{tile - 1}
-            auto advance = [&](int tile, unsigned int (&P_previous)[N / 2][4], unsigned int (&P)[N / 2][4]) {
-                const Ring previous = ring;
-                ring.advance();
-                barrier_wait(smem.K_full(ring.stage), ring.parity);
-                wgmma_fence();
-                issue_scores(S, Q_smem, smem.K + ring.stage * K_BYTES);
-                barrier_wait(smem.V_full(previous.stage), previous.parity);
-                issue_output(O, P_previous, smem.V + previous.stage * V_BYTES, tile > tiles.first + 1);
-                wgmma_wait<1>();
-                pin(S);
-                if (lane == 0) barrier_arrive(smem.K_empty(ring.stage));
-                finish_scores(S, scores, band, q_first, tile * TILE.cols, warp_row);
-                bool moved = false;
-                if constexpr (TILE.p_sets == 2) {
-                    // Another set of registers takes P while the product reads the previous one, so S is still there if
-                    // the exponentials turn out to need a new m: in the steady state nobody looks for the maximum.
-                    auto into_P = [&](int n, const float (&p)[4]) { pack_tile(P, n, p); };
+            finish_scores(S, scores, band, q_first, tile * TILE.cols, warp_row);
+            bool moved = false;
+            if constexpr (TILE.p_sets == 2) {
+                // Another set of registers takes P while the product reads the previous one, so S is still there if
+                // the exponentials turn out to need a new m: in the steady state nobody looks for the maximum.
+                auto into_P = [&](int n, const float (&p)[4]) { pack_tile(P, n, p); };
+                softmax.exponentials(S, sum, into_P);
+                if (!softmax.in_range(sum)) {
+                    moved = softmax.follow(S, 0.0f, rescale);
                     softmax.exponentials(S, sum, into_P);
-                    if (!softmax.in_range(sum)) {
-                        moved = softmax.follow(S, 0.0f, rescale);
-                        softmax.exponentials(S, sum, into_P);
-                    }
-                } else {
-                    moved = softmax.follow(S, RESCALE_THRESHOLD, rescale);
-                    softmax.exponentials(S, sum, in_place);
                 }
-                softmax.add(sum);
-                wgmma_wait<0>();
-                pin(O);
-                pin(P_previous);
-                if (lane == 0) barrier_arrive(smem.V_empty(previous.stage));
-                if (moved) {
-#pragma unroll
-                    for (int n = 0; n < N_OUT; ++n) {
-#pragma unroll
-                        for (int r = 0; r < 4; ++r) O[n][r] *= rescale[r / 2];
-                    }
-                }
-                if constexpr (TILE.p_sets == 1) {
-                    pack_all(P, S, dropout, q_first + warp_row, tile * TILE.cols);
-                }
-            };
-            int tile = tiles.first + 1;
-#pragma unroll 1
-            for (; tile + 1 < tiles.last; tile += 2) {
-                advance(tile, P_even, P_odd);
-                advance(tile + 1, P_odd, P_even);
-            }
-            const bool one_more = tile < tiles.last;
-            if (one_more) advance(tile, P_even, P_odd);
-            if (lane == 0) barrier_arrive(smem.Q_empty());
-
-            // The last O += P V
-            barrier_wait(smem.V_full(ring.stage), ring.parity);
-            wgmma_fence();
-            if (one_more) {
-                issue_output(O, P_odd, smem.V + ring.stage * V_BYTES, true);
-                wgmma_wait<0>();
-                pin(O);
-                pin(P_odd);
             } else {
-                issue_output(O, P_even, smem.V + ring.stage * V_BYTES, tiles.last - tiles.first > 1);
-                wgmma_wait<0>();
-                pin(O);
-                pin(P_even);
+                moved = softmax.follow(S, RESCALE_THRESHOLD, rescale);
+                softmax.exponentials(S, sum, in_place);
             }
-            if (lane == 0) barrier_arrive(smem.V_empty(ring.stage));
-            ring.advance();
-        } else {
+            softmax.add(sum);
+            wgmma_wait<0>();
+            pin(O);
+            pin(P_previous);
+            if (lane == 0) barrier_arrive(smem.V_empty(previous.stage));
+            if (moved) {
 #pragma unroll
-            for (int n = 0; n < N_OUT; ++n) {
+                for (int n = 0; n < N_OUT; ++n) {
 #pragma unroll
-                for (int r = 0; r < 4; ++r) O[n][r] = 0.0f;
+                    for (int r = 0; r < 4; ++r) O[n][r] *= rescale[r / 2];
+                }
             }
+            if constexpr (TILE.p_sets == 1) {
+                pack_all(P, S, dropout, q_first + warp_row, tile * TILE.cols);
+            }
+        };
+        int tile = tiles.first + 1;
+#pragma unroll 1
+        for (; tile + 1 < tiles.last; tile += 2) {
+            advance(tile, P_even, P_odd);
+            advance(tile + 1, P_odd, P_even);
         }
+        const bool one_more = tile < tiles.last;
+        if (one_more) advance(tile, P_even, P_odd);
+        if (lane == 0) barrier_arrive(smem.Q_empty());
 
-        // O / l and LSE
-        const int rows = sequence.q_len - q_first - warp_row;  // that exist, of this warp's 16 and those below
-        const long long row = sequence.q_start + q_first + warp_row;
-        float* lse_gmem = statistic_rows(p.lse, sequence.batch, row, head);
-        float scale[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float lse;
-            scale[half] = finish_row(p, sequence, head, softmax.m[half] * softmax.factor, softmax.l[half], lse);
-            const int i = lane / 4 + 8 * half;
-            if (lane % 4 == 0 && i < rows) lse_gmem[i] = lse;
+        // The last O += P V
+        barrier_wait(smem.V_full(ring.stage), ring.parity);
+        wgmma_fence();
+        if (one_more) {
+            issue_output(O, P_odd, smem.V + ring.stage * V_BYTES, true);
+            wgmma_wait<0>();
+            pin(O);
+            pin(P_odd);
+        } else {
+            issue_output(O, P_even, smem.V + ring.stage * V_BYTES, tiles.last - tiles.first > 1);
+            wgmma_wait<0>();
+            pin(O);
+            pin(P_even);
         }
-        store_accumulators<DV>(head_rows(p.out, sequence.batch, row, head), p.out.row_stride, rows, 0, O, scale, false);
+        if (lane == 0) barrier_arrive(smem.V_empty(ring.stage));
+        ring.advance();
+        finish_rows(p, work, q_first + warp_row, softmax, O);
     }
 }
 
@@ -367,7 +392,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     __syncthreads();
 
-    const int warpgroup = threadIdx.x / 128;
+    // The shuffle tells the compiler that the number is uniform, and so are the descriptors computed from it.
+    const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
     if (warpgroup == 0) {
         release_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) produce(p, Q_map, K_map, V_map, smem, blocks);

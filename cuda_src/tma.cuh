@@ -25,6 +25,17 @@ __device__ __forceinline__ void load_tile_tma(unsigned int X_smem, const TensorM
         : "memory");
 }
 
+// The same where dim is not a multiple of 64: the map is [batch, heads, len, dim], and one copy loads one panel, the
+// columns from `col` on; those beyond the tensor become zeros.
+__device__ __forceinline__ void load_panel_tma(unsigned int X_smem, const TensorMap& map, unsigned int barrier, int col,
+                                               int row, int head, int batch, unsigned long long policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(X_smem),
+        "l"(&map), "r"(barrier), "r"(col), "r"(row), "r"(head), "r"(batch), "l"(policy)
+        : "memory");
+}
+
 // X_gmem += X_smem for `bytes` bytes of float32, each element atomically.
 __device__ __forceinline__ void reduce_add_bulk(float* X_gmem, unsigned int X_smem, int bytes) {
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(X_gmem),

@@ -72,16 +72,14 @@ _PORTABLE = {
 }
 # 32 rows a warp instead of 16 halve the reads of K and V; the registers suffice where the score stage is short.
 _PLAIN = {("forward_portable", 2, 64): (128, 64, 2, 4, 1, 1)}
-# Tiles of the Hopper forward as (rows, cols, stages, warps, p_sets), by head dimension: a producer warpgroup and one
-# for every 64 rows. Registers: a lane keeps cols / 2 of S, cols / 4 of each set of P and head_dim / 2 of O, of 240 (160
-# with three warpgroups); a long score stage leaves fewer.
-_HOPPER_FORWARD = {
-    64: (192, 128, 2, 16, 1),
-    128: (128, 128, 2, 12, 2),
-}
-_HOPPER_FORWARD_LONG = {
-    64: (128, 128, 2, 12, 1),
-    128: (128, 128, 2, 12, 1),
+# Tiles of the Hopper forward: a producer warpgroup and one for every 64 rows. Its head dimensions are padded to whole
+# panels of 64 columns. Registers decide the keys a tile, here by padded head_dim_v, with two sets of P and for a long
+# score stage: of 240 a lane keeps cols / 2 of S, cols / 4 of each set of P and head_dim_v / 2 of O.
+_HOPPER_FORWARD_COLS = {
+    64: (128, 112),  # 64 + 2 * 32 + 32
+    128: (128, 128),  # 64 + 2 * 32 + 64
+    192: (112, 96),  # 56 + 2 * 28 + 96
+    256: (64, 64),  # 32 + 2 * 16 + 128
 }
 # Tiles of the Hopper backward as (rows, cols, stages, warps), by kernel and head dimension: a producer warpgroup and
 # two that compute. Registers of a lane: in dK and dV together head_dim (wide: head_dim / 2, one of the two a
@@ -143,17 +141,44 @@ def kernels_of(spec: Spec, *, backward: bool, hopper: bool = False) -> tuple[str
 
 def has_hopper(spec: Spec, *, backward: bool) -> bool:
     """Whether the Hopper kernels serve a call on sm_90a, as far as the Spec decides."""
-    if spec.dtype not in ("float16", "bfloat16") or spec.head_dim != spec.head_dim_v or spec.packed:
+    dims = (spec.head_dim, spec.head_dim_v)
+    if spec.dtype not in ("float16", "bfloat16") or spec.packed:
         return False
     if not backward:
-        return spec.head_dim in _HOPPER_FORWARD
+        return all(dim % 8 == 0 and _whole_panels(dim) in _HOPPER_FORWARD_COLS for dim in dims)
+    if spec.head_dim != spec.head_dim_v:
+        return False
     if spec.head_dim in _HOPPER_BACKWARD["backward_hopper_wide"]:
         return not (spec.softcap or spec.dropout)
     return spec.head_dim in _HOPPER_BACKWARD["backward_hopper"]
 
 
+def _whole_panels(dim: int) -> int:
+    return -(-dim // 64) * 64
+
+
 def _long_score_stage(spec: Spec) -> bool:
     return spec.softcap or spec.alibi or spec.dropout
+
+
+def _hopper_forward_tile(spec: Spec, vector: int) -> Tile:
+    """The tile of the Hopper forward: two sets of P where registers allow; the most keys that shared memory takes."""
+    long = _long_score_stage(spec)
+    # Narrow heads have registers for three warpgroups of 160 each, which hide more: 64 + 32 + 32.
+    groups = 3 if max(spec.head_dim, spec.head_dim_v) <= 64 and not long else 2
+    for cols in range(_HOPPER_FORWARD_COLS[_whole_panels(spec.head_dim_v)][long], 0, -16):
+        tile = Tile(
+            rows=64 * groups,
+            cols=cols,
+            stages=2,
+            warps=4 + 4 * groups,
+            blocks=1,
+            vector=vector,
+            p_sets=1 if groups == 3 or long else 2,
+        )
+        if shared_bytes("forward_hopper", spec, tile) <= SHARED_MEMORY[900]:
+            return tile
+    raise UnsupportedError(f"no tile of forward_hopper fits: {spec}")
 
 
 def tile_of(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int | None = None) -> Tile:
@@ -162,9 +187,7 @@ def tile_of(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int |
     `shared_limit` is what a thread block of the GPU may have; by default what the path's own GPUs give.
     """
     if kernel == "forward_hopper":
-        table = _HOPPER_FORWARD_LONG if _long_score_stage(spec) else _HOPPER_FORWARD
-        rows, cols, stages, warps, p_sets = table[spec.head_dim]
-        return Tile(rows=rows, cols=cols, stages=stages, warps=warps, blocks=1, p_sets=p_sets, vector=vector)
+        return _hopper_forward_tile(spec, vector)
     if kernel in _HOPPER_BACKWARD:
         rows, cols, stages, warps = _HOPPER_BACKWARD[kernel][spec.head_dim]
         return Tile(rows=rows, cols=cols, stages=stages, warps=warps, blocks=1, vector=vector)
@@ -194,8 +217,9 @@ def _portable_tile(kernel: str, spec: Spec, path: int, vector: int, shared_limit
 def shared_bytes(kernel: str, spec: Spec, tile: Tile) -> int:
     """Dynamic shared memory of a kernel, in bytes: the sums at the top of its source."""
     element_bytes = 4 if spec.dtype == "float32" else 2
-    if kernel == "forward_hopper":  # tiles without padding, and two barriers for Q and four a stage
-        tiles = tile.rows * spec.head_dim + tile.stages * tile.cols * (spec.head_dim + spec.head_dim_v)
+    if kernel == "forward_hopper":  # whole panels, and two barriers for Q and four a stage
+        dim, dim_v = _whole_panels(spec.head_dim), _whole_panels(spec.head_dim_v)
+        tiles = tile.rows * dim + tile.stages * tile.cols * (dim + dim_v)
         return tiles * element_bytes + 16 + 32 * tile.stages
     if kernel == "backward_hopper_dq":  # likewise, with dO beside Q; one stage of V where the head is wide
         v_stages = 1 if spec.head_dim > 128 else tile.stages

@@ -2,7 +2,9 @@
 
 A tensor [batch, len, heads, dim] of a 16-bit dtype is described as [batch, heads, dim / 64, len, 64], the last axis
 first in the driver's order, so that one copy loads a tile of rows as panels of 64 elements, 128 bytes a row, swizzled
-by 128 bytes, as wgmma reads them. Rows beyond `len` are loaded as zeros. The twin of cuda_src/tma.cuh.
+by 128 bytes, as wgmma reads them. Where dim is not a multiple of 64 that split would reach into the next head, so the
+map is [batch, heads, len, dim] and a copy loads one panel. Rows beyond `len` and columns beyond `dim` are loaded as
+zeros. The twin of cuda_src/tma.cuh.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ def expressible(array: Any) -> bool:
 
     Axes of length 1 are never stepped along, so their stride does not matter.
     """
-    if array.ndim != 4 or array.data.ptr % 16 or array.shape[-1] % _PANEL:
+    if array.ndim != 4 or array.data.ptr % 16 or array.shape[-1] * array.itemsize % 16:
         return False
     steps = zip(array.strides[:-1], array.shape[:-1], strict=True)
     return all(length == 1 or (stride % 16 == 0 and 0 < stride < 2**40) for stride, length in steps)
@@ -38,18 +40,26 @@ def tile_map(array: Any, rows: int) -> np.ndarray:
         ) from error
     batch, length, heads, dim = array.shape
     batch_stride, row_stride, head_stride = (
-        stride if count > 1 else 16 for stride, count in zip(array.strides[:-1], array.shape[:-1], strict=True)
+        stride if count > 1 else 2 * dim for stride, count in zip(array.strides[:-1], array.shape[:-1], strict=True)
     )
+    if dim % _PANEL == 0:
+        shape = (_PANEL, length, dim // _PANEL, heads, batch)
+        strides = (row_stride, 2 * _PANEL, head_stride, batch_stride)
+        box = (_PANEL, rows, dim // _PANEL, 1, 1)
+    else:
+        shape = (dim, length, heads, batch)
+        strides = (row_stride, head_stride, batch_stride)
+        box = (_PANEL, rows, 1, 1)
     kinds = driver.CUtensorMapDataType
     integer, wide = driver.cuuint32_t, driver.cuuint64_t
     status, encoded = driver.cuTensorMapEncodeTiled(
         kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if array.dtype == np.float16 else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        5,
+        len(shape),
         array.data.ptr,
-        [wide(x) for x in (_PANEL, length, dim // _PANEL, heads, batch)],
-        [wide(x) for x in (row_stride, 2 * _PANEL, head_stride, batch_stride)],
-        [integer(x) for x in (_PANEL, rows, dim // _PANEL, 1, 1)],
-        [integer(1)] * 5,
+        [wide(x) for x in shape],
+        [wide(x) for x in strides],
+        [integer(x) for x in box],
+        [integer(1)] * len(shape),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

@@ -88,6 +88,15 @@ def test_other_dims_alignments_and_tf32() -> None:
 
 
 @pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("options", [{"bounded_right": True}, {**EVERYTHING, "packed": False}])
+def test_hopper_forward(options: dict[str, bool]) -> None:
+    target = Target.named("sm_90a")
+    dims = [*product(HEAD_DIMS, repeat=2), (8, 40), (96, 136), (200, 72)]
+    specs = [_spec("bfloat16", dim, dim_v, **options) for dim, dim_v in dims]
+    _check([job for spec in specs for job in jobs_of(spec, target) if job[0] == "forward_hopper"])
+
+
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("path", [750, 800])
 def test_forced_paths_compile_for_a_newer_gpu(path: int) -> None:
     jobs = jobs_of(_spec("float16", 128, **EVERYTHING), Target("sm_90a", path))
@@ -121,6 +130,20 @@ def test_every_head_dim_has_a_tile_that_fits() -> None:
     assert set(counts) == {"forward_portable", "backward_prepare", "backward_portable_dkv", "backward_portable_dq"}
 
 
+@pytest.mark.parametrize("options", [{}, {"dropout": True}])
+def test_every_aligned_head_dim_has_a_hopper_tile_that_fits(options: dict[str, bool]) -> None:
+    for head_dim, head_dim_v in product(range(8, 257, 8), repeat=2):
+        spec = _spec("float16", head_dim, head_dim_v, **options)
+        assert tuning.has_hopper(spec, backward=False)
+        tile = tuning.tile_of("forward_hopper", spec, 900, 16)
+        assert tuning.shared_bytes("forward_hopper", spec, tile) <= tuning.SHARED_MEMORY[900]
+        assert tile.cols in (64, 80, 96, 112, 128)  # the products that cuda_src/wgmma.cuh has
+        assert tile.cols >= 80 or head_dim_v > 192
+    for spec in (_spec("float16", 68), _spec("float16", 64, 33), _spec("float16", 264), _spec("float32", 64)):
+        assert not tuning.has_hopper(spec, backward=False)
+    assert not tuning.has_hopper(_spec("float16", 64, packed=True), backward=False)
+
+
 def test_shared_memory_sums() -> None:
     spec = _spec("bfloat16", 128)
     tile = tuning.tile_of("forward_portable", spec, 800, 16)
@@ -129,6 +152,10 @@ def test_shared_memory_sums() -> None:
     tile = tuning.tile_of("backward_portable_dkv", spec, 800, 16)
     expected = 2 * row * tile.cols + tile.stages * (2 * row + 8) * tile.rows
     assert tuning.shared_bytes("backward_portable_dkv", spec, tile) == expected
+    spec = _spec("bfloat16", 136, 72)  # panels of 64 columns: as 192 and 128
+    tile = tuning.tile_of("forward_hopper", spec, 900, 16)
+    expected = 2 * (192 * tile.rows + 2 * (192 + 128) * tile.cols) + 16 + 2 * 32
+    assert tuning.shared_bytes("forward_hopper", spec, tile) == expected
 
 
 def test_a_spec_is_reduced_to_what_a_kernel_depends_on() -> None:
