@@ -27,8 +27,8 @@ static_assert(!WITH_DQ || R / 64 * PIECES_ACROSS == GROUPS, "each warpgroup make
 enum NamedBarrier { FIRST_DONE = 1, DQ_FULL = 2, DQ_EMPTY = 4 };  // and one more for the second warpgroup
 
 // Where everything lies in shared memory.
-struct Layout {
-    unsigned int K, V, Q, dO, dS, dQ, statistics, barriers;
+struct Layout : Barriers {
+    unsigned int K, V, Q, dO, dS, dQ, statistics;
 
     __device__ __forceinline__ explicit Layout(unsigned int start)
         : K(start),
@@ -37,18 +37,9 @@ struct Layout {
           dO(Q + TILE.stages * Q_BYTES),
           dS(dO + TILE.stages * DO_BYTES),
           dQ(dS + WITH_DQ * DS_SLOTS * DS_BYTES),
-          statistics(dQ + WITH_DQ * GROUPS * DQ_BYTES),
-          barriers(statistics + TILE.stages * STATISTIC_BYTES) {}
-
-    __device__ __forceinline__ unsigned int K_full() const { return barriers; }
-    __device__ __forceinline__ unsigned int V_full() const { return barriers + 8; }
-    __device__ __forceinline__ unsigned int KV_empty() const { return barriers + 16; }
-    __device__ __forceinline__ unsigned int dS_full(int slot) const { return barriers + 24 + 16 * slot; }
-    __device__ __forceinline__ unsigned int dS_empty(int slot) const { return barriers + 32 + 16 * slot; }
-    __device__ __forceinline__ unsigned int Q_full(int stage) const { return barriers + 72 + 32 * stage; }
-    __device__ __forceinline__ unsigned int dO_full(int stage) const { return barriers + 80 + 32 * stage; }
-    __device__ __forceinline__ unsigned int statistics_full(int stage) const { return barriers + 88 + 32 * stage; }
-    __device__ __forceinline__ unsigned int empty(int stage) const { return barriers + 96 + 32 * stage; }
+          statistics(dQ + WITH_DQ * GROUPS * DQ_BYTES) {
+        barriers = statistics + TILE.stages * STATISTIC_BYTES;
+    }
 };
 
 // One warp for each warpgroup: its piece of dQ of every step is added to the sum in global memory.
@@ -56,7 +47,7 @@ __device__ __forceinline__ void add_dq(const Params& p, const Layout& smem, int 
     const unsigned int piece_smem = smem.dQ + warpgroup * DQ_BYTES;
     const bool leader = threadIdx.x % 32 == 0;
     named_barrier_arrive(DQ_EMPTY + warpgroup, 160);
-    for_each_tile(p, [&](const Work& work, const Band& band, Steps steps) {
+    for_each_tile<false>(p, smem, [&](const Work& work, const Band& band, Steps steps) {
         for (; steps.more(); steps.advance()) {
             const long long tile =
                 (static_cast<long long>(work.sequence.batch) * p.heads + steps.head) * p.q_tiles + steps.tile;
@@ -109,13 +100,17 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
     statistic_columns(lse_ones, 0);
     statistic_columns(delta_ones, 3);
     Ring ring;
-    Ring<DS_SLOTS> slot, previous_slot;
+    Ring<DS_SLOTS> slot;
     unsigned int parity = 0;  // of the phase of K and V
-    bool skewed = false;      // the second warpgroup starts when the first has its first dP
 
-    auto finish_dq = [&](float (&dQ)[8][4]) {  // to the warp that adds it
+    auto start_dq = [&](float (&dQ)[8][4], const Ring<DS_SLOTS>& from) {  // of the step whose dS is in slot `from`
+        barrier_wait(smem.slot_full(from.stage), from.parity);
+        wgmma_fence();
+        issue_dq(dQ, smem.dS + from.stage * DS_BYTES, smem.K, warpgroup);
+    };
+    auto finish_dq = [&](float (&dQ)[8][4], const Ring<DS_SLOTS>& from) {  // to the warp that adds it
         pin(dQ);
-        if (lane == 0) barrier_arrive(smem.dS_empty(previous_slot.stage));
+        if (lane == 0) barrier_arrive(smem.slot_empty(from.stage));
         named_barrier_wait(DQ_EMPTY + warpgroup, 160);
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
@@ -126,7 +121,7 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
         named_barrier_arrive(DQ_FULL + warpgroup, 160);
     };
 
-    for_each_tile(p, [&](const Work& work, const Band& band, Steps steps) {
+    for_each_tile<false>(p, smem, [&](const Work& work, const Band& band, Steps steps) {
         const Sequence& sequence = work.sequence;
         const int kv_first = work.tile * TILE.cols + warpgroup * 64;
         const Elementwise elementwise{band, kv_first + warp * 16};
@@ -167,27 +162,25 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
                 elementwise.both(S, dP, scores, Dropout(p, sequence.index, steps.head), stage, q_first, cut);
                 pack_all(P, S);
             }
-            if (first && warpgroup == 0 && !skewed) named_barrier_arrive(FIRST_DONE, 256);
+            if (first && warpgroup == 0) named_barrier_arrive(FIRST_DONE, 256);
             pack_all(dS, dP);
 
             // dS to shared memory  [rows, 64]
             if constexpr (WITH_DQ) {
-                barrier_wait(smem.dS_empty(slot.stage), slot.parity ^ 1);
+                barrier_wait(smem.slot_empty(slot.stage), slot.parity ^ 1);
 #pragma unroll
                 for (int i = 0; i < R / 16; ++i) {
                     store_matrix_x4_transposed(smem.dS + slot.stage * DS_BYTES + dS_lane + i * 2048, dS[i]);
                 }
                 fence_async_proxy();
                 __syncwarp();
-                if (lane == 0) barrier_arrive(smem.dS_full(slot.stage));
+                if (lane == 0) barrier_arrive(smem.slot_full(slot.stage));
             }
 
             // dQ of the step before, dV += P^T dO  [64, head_dim_v], dK += dS^T Q  [64, head_dim]
             float dQ[8][4];
             if (WITH_DQ && !first) {
-                barrier_wait(smem.dS_full(previous_slot.stage), previous_slot.parity);
-                wgmma_fence();
-                issue_dq(dQ, smem.dS + previous_slot.stage * DS_BYTES, smem.K, warpgroup);
+                start_dq(dQ, slot.previous());
             } else {
                 wgmma_fence();
             }
@@ -196,7 +189,7 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
             wgmma_commit();
             if (WITH_DQ && !first) {
                 wgmma_wait<1>();
-                finish_dq(dQ);
+                finish_dq(dQ, slot.previous());
             }
             wgmma_wait<0>();
             pin(dV);
@@ -205,7 +198,6 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
             pin(dS);
             if (lane == 0) barrier_arrive(smem.empty(ring.stage));
             ring.advance();
-            previous_slot = slot;
             slot.advance();
             steps.advance();
         };
@@ -224,18 +216,15 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
             const int row = warp * 16 + lane % 16, chunk = 2 * i + lane / 16;
             load_matrix_x4(V_frag[i], V_smem + row * 128 + (chunk ^ row % 8) * 16);
         }
-        if (warpgroup == 1 && !skewed) named_barrier_wait(FIRST_DONE, 256);
+        if (warpgroup == 1) named_barrier_wait(FIRST_DONE, 256);  // out of phase from the start
         step(true);
-        skewed = true;
 #pragma unroll 1
         while (steps.more()) step(false);
         if constexpr (WITH_DQ) {  // of the last step
             float dQ[8][4];
-            barrier_wait(smem.dS_full(previous_slot.stage), previous_slot.parity);
-            wgmma_fence();
-            issue_dq(dQ, smem.dS + previous_slot.stage * DS_BYTES, smem.K, warpgroup);
+            start_dq(dQ, slot.previous());
             wgmma_wait<0>();
-            finish_dq(dQ);
+            finish_dq(dQ, slot.previous());
         }
         if (lane == 0) barrier_arrive(smem.KV_empty());
         store_keys<D>(p, p.dk, p.dk_float32, work, kv_row, dK, p.scale);
@@ -250,22 +239,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     const __grid_constant__ TensorMap dO_map) {
     extern __shared__ __align__(1024) unsigned char smem_start[];
     const Layout smem(shared_address(smem_start));
-    if (threadIdx.x == 0) {
-        barrier_init(smem.K_full(), 1);
-        barrier_init(smem.V_full(), 1);
-        barrier_init(smem.KV_empty(), 4 * GROUPS);
-        for (int slot = 0; slot < DS_SLOTS; ++slot) {
-            barrier_init(smem.dS_full(slot), 4 * GROUPS);
-            barrier_init(smem.dS_empty(slot), 4 * GROUPS);
-        }
-        for (int stage = 0; stage < TILE.stages; ++stage) {
-            barrier_init(smem.Q_full(stage), 1);
-            barrier_init(smem.dO_full(stage), 1);
-            barrier_init(smem.statistics_full(stage), 1);
-            barrier_init(smem.empty(stage), 4 * GROUPS);
-        }
-        fence_barrier_init();
-    }
+    // Math warps, the warp of statistics and those that add dQ; all math warps share a slot.
+    if (threadIdx.x == 0) smem.init(WITH_DQ ? 11 : 9, DS_SLOTS, 4 * GROUPS);
     __syncthreads();
 
     // The warp's number, known to be the same in all its lanes.

@@ -14,8 +14,8 @@ constexpr int P_BYTES = R * TILE.cols * 2;
 static_assert(TILE.cols == 64 && TILE.warps == 12 && EARLY_P);
 
 // Where everything lies in shared memory.
-struct Layout {
-    unsigned int K, V, Q, dO, P, statistics, barriers;
+struct Layout : Barriers {
+    unsigned int K, V, Q, dO, P, statistics;
 
     __device__ __forceinline__ explicit Layout(unsigned int start)
         : K(start),
@@ -23,18 +23,9 @@ struct Layout {
           Q(V + V_BYTES),
           dO(Q + TILE.stages * Q_BYTES),
           P(dO + TILE.stages * DO_BYTES),
-          statistics(P + P_SLOTS * P_BYTES),
-          barriers(statistics + TILE.stages * STATISTIC_BYTES) {}
-
-    __device__ __forceinline__ unsigned int K_full() const { return barriers; }
-    __device__ __forceinline__ unsigned int V_full() const { return barriers + 8; }
-    __device__ __forceinline__ unsigned int KV_empty() const { return barriers + 16; }
-    __device__ __forceinline__ unsigned int P_full(int slot) const { return barriers + 24 + 16 * slot; }
-    __device__ __forceinline__ unsigned int P_empty(int slot) const { return barriers + 32 + 16 * slot; }
-    __device__ __forceinline__ unsigned int Q_full(int stage) const { return barriers + 72 + 32 * stage; }
-    __device__ __forceinline__ unsigned int dO_full(int stage) const { return barriers + 80 + 32 * stage; }
-    __device__ __forceinline__ unsigned int statistics_full(int stage) const { return barriers + 88 + 32 * stage; }
-    __device__ __forceinline__ unsigned int empty(int stage) const { return barriers + 96 + 32 * stage; }
+          statistics(P + P_SLOTS * P_BYTES) {
+        barriers = statistics + TILE.stages * STATISTIC_BYTES;
+    }
 };
 
 // Where a warpgroup is in the rings.
@@ -66,7 +57,7 @@ __device__ __forceinline__ void differentiate_values(const Params& p, const Layo
     unsigned int ones[4];
     statistic_columns(ones, 0);
     Walk walk;
-    for_each_tile(p, [&](const Work& work, const Band& band, Steps steps) {
+    for_each_tile<false>(p, smem, [&](const Work& work, const Band& band, Steps steps) {
         const int kv_first = work.tile * TILE.cols;
         const Elementwise elementwise{band, kv_first + warp_row};
         float dV[DV / 8][4];
@@ -89,13 +80,13 @@ __device__ __forceinline__ void differentiate_values(const Params& p, const Layo
             pack_all(P, S);
 
             // P^T to the other warpgroup
-            barrier_wait(smem.P_empty(walk.slot.stage), walk.slot.parity ^ 1);
+            barrier_wait(smem.slot_empty(walk.slot.stage), walk.slot.parity ^ 1);
 #pragma unroll
             for (int i = 0; i < R / 16; ++i) {
                 store_shared(P_address(smem, walk.slot.stage, i), P[i][0], P[i][1], P[i][2], P[i][3]);
             }
             __syncwarp();
-            if (lane == 0) barrier_arrive(smem.P_full(walk.slot.stage));
+            if (lane == 0) barrier_arrive(smem.slot_full(walk.slot.stage));
 
             // dV += P^T dO  [64, head_dim_v]
             barrier_wait(smem.dO_full(walk.ring.stage), walk.ring.parity);
@@ -129,7 +120,7 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
     unsigned int ones[4], no_frag[1][4];
     statistic_columns(ones, 3);
     Walk walk;
-    for_each_tile(p, [&](const Work& work, const Band& band, Steps steps) {
+    for_each_tile<false>(p, smem, [&](const Work& work, const Band& band, Steps steps) {
         const int kv_first = work.tile * TILE.cols;
         const Elementwise elementwise{band, kv_first + warp_row};
         float dK[D / 8][4];
@@ -148,11 +139,11 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
 
             // P^T from the other warpgroup, dS^T  [64, rows]
             unsigned int P[N / 2][4], dS[N / 2][4];
-            barrier_wait(smem.P_full(walk.slot.stage), walk.slot.parity);
+            barrier_wait(smem.slot_full(walk.slot.stage), walk.slot.parity);
 #pragma unroll
             for (int i = 0; i < R / 16; ++i) load_shared(P[i], P_address(smem, walk.slot.stage, i));
             __syncwarp();
-            if (lane == 0) barrier_arrive(smem.P_empty(walk.slot.stage));
+            if (lane == 0) barrier_arrive(smem.slot_empty(walk.slot.stage));
             elementwise.score_gradients(dP, P, stage);
             pack_all(dS, dP);
 
@@ -188,22 +179,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                          const __grid_constant__ TensorMap dO_map) {
     extern __shared__ __align__(1024) unsigned char smem_start[];
     const Layout smem(shared_address(smem_start));
-    if (threadIdx.x == 0) {
-        barrier_init(smem.K_full(), 1);
-        barrier_init(smem.V_full(), 1);
-        barrier_init(smem.KV_empty(), 8);
-        for (int slot = 0; slot < P_SLOTS; ++slot) {
-            barrier_init(smem.P_full(slot), 4);
-            barrier_init(smem.P_empty(slot), 4);
-        }
-        for (int stage = 0; stage < TILE.stages; ++stage) {
-            barrier_init(smem.Q_full(stage), 1);
-            barrier_init(smem.dO_full(stage), 1);
-            barrier_init(smem.statistics_full(stage), 1);
-            barrier_init(smem.empty(stage), 8);
-        }
-        fence_barrier_init();
-    }
+    // Math warps and the warp of statistics; a slot passes from one warpgroup to the other.
+    if (threadIdx.x == 0) smem.init(9, P_SLOTS, 4);
     __syncthreads();
 
     const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0);  // known to be the same in all lanes

@@ -24,7 +24,7 @@ constexpr bool EARLY_P = !SPEC.softcap && !SPEC.dropout;
 // Whether the products subtract LSE and D: one step more of their contraction, of ones and of the statistics in three
 // bfloat16 terms, gives S - LSE / scale and dP - D. float16 has not the range.
 constexpr bool FOLD = EARLY_P && !SPEC.alibi && SPEC.dtype == Dtype::bfloat16;
-constexpr int V_STEPS = FOLD && R == 64 && DV == 128 ? 2 : 0;  // steps of dP whose part of V stays in registers
+constexpr int V_STEPS = FOLD && R == 64 && DV == 128 ? 0 : 0;  // steps of dP whose part of V stays in registers
 constexpr float NEVER = 1e30f;                                 // as the LSE of a row outside the sequence: P = 0
 
 // Deterministic sums of dQ take the tiles of keys in order. Tiles of queries from the last to the first then suit a
@@ -54,17 +54,70 @@ struct Steps {
     }
 };
 
-// The tiles of keys that are this thread block's share: visit(work, band, steps).
-template <typename Visit>
-__device__ __forceinline__ void for_each_tile(const Params& p, Visit visit) {
+// The barriers that both kernels have: of K and V, of the number of the next tile of keys, of what each kernel passes
+// between its warpgroups (up to three slots), and of the ring of Q, dO and their statistics.
+struct Barriers {
+    unsigned int barriers;
+
+    __device__ __forceinline__ unsigned int K_full() const { return barriers; }
+    __device__ __forceinline__ unsigned int V_full() const { return barriers + 8; }
+    __device__ __forceinline__ unsigned int KV_empty() const { return barriers + 16; }
+    __device__ __forceinline__ unsigned int next_full() const { return barriers + 24; }
+    __device__ __forceinline__ unsigned int next_empty() const { return barriers + 32; }
+    __device__ __forceinline__ unsigned int next() const { return barriers + 40; }
+    __device__ __forceinline__ unsigned int slot_full(int slot) const { return barriers + 48 + 16 * slot; }
+    __device__ __forceinline__ unsigned int slot_empty(int slot) const { return barriers + 56 + 16 * slot; }
+    __device__ __forceinline__ unsigned int Q_full(int stage) const { return barriers + 96 + 32 * stage; }
+    __device__ __forceinline__ unsigned int dO_full(int stage) const { return barriers + 104 + 32 * stage; }
+    __device__ __forceinline__ unsigned int statistics_full(int stage) const { return barriers + 112 + 32 * stage; }
+    __device__ __forceinline__ unsigned int empty(int stage) const { return barriers + 120 + 32 * stage; }
+
+    // One thread; `walkers` warps take the number of the next tile, `slot_arrivals` warps fill and empty a slot.
+    __device__ __forceinline__ void init(int walkers, int slots, int slot_arrivals) const {
+        barrier_init(K_full(), 1);
+        barrier_init(V_full(), 1);
+        barrier_init(KV_empty(), 8);
+        barrier_init(next_full(), 1);
+        barrier_init(next_empty(), walkers);
+        for (int slot = 0; slot < slots; ++slot) {
+            barrier_init(slot_full(slot), slot_arrivals);
+            barrier_init(slot_empty(slot), slot_arrivals);
+        }
+        for (int stage = 0; stage < TILE.stages; ++stage) {
+            barrier_init(Q_full(stage), 1);
+            barrier_init(dO_full(stage), 1);
+            barrier_init(statistics_full(stage), 1);
+            barrier_init(empty(stage), 8);
+        }
+        fence_barrier_init();
+    }
+};
+
+// The tiles of keys of this thread block, visit(work, band, steps): one by its number, then whatever is next when it
+// is done. The loading thread (LEADER), two steps ahead, takes the numbers and tells the other warps.
+template <bool LEADER, typename Visit>
+__device__ __forceinline__ void for_each_tile(const Params& p, const Barriers& smem, Visit visit) {
     const int kv_heads = p.heads / p.group, blocks = p.kv_tiles * kv_heads * p.batch;
+    int block = blockIdx.x;
+    unsigned int parity = 0;
 #pragma unroll 1
-    for (int round = 0; round < ceil_div(blocks, gridDim.x); ++round) {
-        const int block = work_of_round(round);
-        if (block >= blocks) break;
+    while (block < blocks) {
+        int next;
         const Work work = find_work<TILE.cols, true>(p, block, p.kv_tiles, kv_heads);
         const Band band(p, work.sequence);
         visit(work, band, Steps(work, band, p.group));
+        if constexpr (LEADER) {
+            next = gridDim.x + atomicAdd(p.tickets, 1);
+            barrier_wait(smem.next_empty(), parity ^ 1);
+            store_shared_word(smem.next(), next);
+            barrier_arrive(smem.next_full());
+        } else {
+            barrier_wait(smem.next_full(), parity);
+            next = __shfl_sync(0xFFFFFFFF, load_shared_word(smem.next()), 0);  // known to be the same in all lanes
+            if (threadIdx.x % 32 == 0) barrier_arrive(smem.next_empty());
+        }
+        parity ^= 1;
+        block = next;
     }
 }
 
@@ -74,7 +127,7 @@ __device__ __forceinline__ void load(const Params& p, const TensorMap& Q_map, co
                                      const TensorMap& V_map, const TensorMap& dO_map, const Layout& smem) {
     Ring ring;
     unsigned int parity = 0;  // of the phase of K and V
-    for_each_tile(p, [&](const Work& work, const Band& band, Steps steps) {
+    for_each_tile<true>(p, smem, [&](const Work& work, const Band& band, Steps steps) {
         const int kv_first = work.tile * TILE.cols, batch = work.sequence.batch;
         for (bool first = true; steps.more(); steps.advance(), first = false) {
             const int stage = ring.stage, q_first = steps.tile * R;
@@ -113,7 +166,7 @@ template <typename Layout>
 __device__ __forceinline__ void load_statistics(const Params& p, const Layout& smem) {
     const int lane = threadIdx.x % 32;
     Ring ring;
-    for_each_tile(p, [&](const Work& work, const Band& band, Steps steps) {
+    for_each_tile<false>(p, smem, [&](const Work& work, const Band& band, Steps steps) {
         const Sequence& sequence = work.sequence;
         for (; steps.more(); steps.advance()) {
             const int q_first = steps.tile * R, rows = sequence.q_len - q_first;

@@ -50,6 +50,13 @@ struct Ring {
             parity ^= 1;
         }
     }
+
+    __device__ __forceinline__ Ring previous() const {
+        Ring ring;
+        ring.stage = stage == 0 ? STAGES - 1 : stage - 1;
+        ring.parity = stage == 0 ? parity ^ 1 : parity;
+        return ring;
+    }
 };
 
 // Named barrier `id` (1 to 15) of `threads` threads: those that wait, and those that only say that they came.

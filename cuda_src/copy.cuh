@@ -34,7 +34,7 @@ __device__ __forceinline__ void copy_async_16(unsigned int smem_address, const v
 
 __device__ __forceinline__ void copy_async_4(unsigned int smem_address, const void* gmem, int bytes) {
     const unsigned int value = bytes > 0 ? *static_cast<const unsigned int*>(gmem) : 0;
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem_address), "r"(value));
+    store_shared_word(smem_address, value);
 }
 
 __device__ __forceinline__ void copy_async_commit() {}
@@ -109,6 +109,23 @@ __device__ __forceinline__ void advance_ring(int i, Load load) {
     }
 }
 
+// Word i of lane c of every four neighbours becomes word c of lane i.
+__device__ __forceinline__ void transpose_quad(unsigned int (&word)[4]) {
+    const bool odd = threadIdx.x % 2, upper = threadIdx.x / 2 % 2;
+    const unsigned int a = __shfl_xor_sync(0xFFFFFFFF, odd ? word[0] : word[1], 1);
+    const unsigned int b = __shfl_xor_sync(0xFFFFFFFF, odd ? word[2] : word[3], 1);
+    word[0] = odd ? a : word[0];
+    word[1] = odd ? word[1] : a;
+    word[2] = odd ? b : word[2];
+    word[3] = odd ? word[3] : b;
+    const unsigned int c = __shfl_xor_sync(0xFFFFFFFF, upper ? word[0] : word[2], 2);
+    const unsigned int d = __shfl_xor_sync(0xFFFFFFFF, upper ? word[1] : word[3], 2);
+    word[0] = upper ? c : word[0];
+    word[1] = upper ? d : word[1];
+    word[2] = upper ? word[2] : c;
+    word[3] = upper ? word[3] : d;
+}
+
 template <typename T>
 struct alignas(2 * sizeof(T)) Pair {
     T x, y;
@@ -120,6 +137,29 @@ template <int DIM, typename Out, int N>
 __device__ __forceinline__ void store_accumulators(Out* Y_gmem, long long row_stride, int rows, int first_col,
                                                    const float (&acc)[N][4], const float (&scale)[2], bool accumulate) {
     const int lane = threadIdx.x % 32;
+    if constexpr (TILE.vector == 16 && sizeof(Out) == 2 && N % 4 == 0) {
+        if (!accumulate) {  // the four lanes of a row exchange their pairs, so that each stores 16 bytes
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = lane / 4 + 8 * half;
+                Out* row_gmem = Y_gmem + row * row_stride;
+#pragma unroll
+                for (int n = 0; n < N; n += 4) {
+                    unsigned int word[4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        word[i] = pack(acc[n + i][2 * half] * scale[half], acc[n + i][2 * half + 1] * scale[half]);
+                    }
+                    transpose_quad(word);
+                    const int col = first_col + 8 * (n + lane % 4);
+                    if (row < rows && col < DIM) {
+                        *reinterpret_cast<uint4*>(row_gmem + col) = make_uint4(word[0], word[1], word[2], word[3]);
+                    }
+                }
+            }
+            return;
+        }
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = lane / 4 + 8 * half;

@@ -62,8 +62,12 @@ __device__ __forceinline__ void store_matrix_x4_transposed(unsigned int smem_add
 
 __device__ __forceinline__ unsigned int load_shared_word(unsigned int smem_address) {
     unsigned int word;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(smem_address));
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(smem_address) : "memory");
     return word;
+}
+
+__device__ __forceinline__ void store_shared_word(unsigned int smem_address, unsigned int word) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem_address), "r"(word) : "memory");
 }
 
 __device__ __forceinline__ float2 load_shared_pair(unsigned int smem_address) {

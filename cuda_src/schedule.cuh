@@ -38,8 +38,8 @@ template <int TILE_ROWS, bool BY_KEYS>
 __device__ __forceinline__ Work find_work(const Params& p, int block, int tiles, int heads) {
     Work work;
     int tile = block % tiles;
-    work.head = block / tiles % heads;
     if constexpr (SPEC.packed) {
+        work.head = block / tiles % heads;
         const void* own = BY_KEYS ? p.cu_seqlens_k : p.cu_seqlens_q;
         const void* other = BY_KEYS ? p.cu_seqlens_q : p.cu_seqlens_k;
         int low = 0, high = p.batch;  // the largest i whose first tile is at most `tile`
@@ -62,18 +62,21 @@ __device__ __forceinline__ Work find_work(const Params& p, int block, int tiles,
                                 : Sequence{low, 0, start, other_start, own_len, other_len};
         work.exists = work.tile * TILE_ROWS < own_len;
     } else {
-        int pair = block / tiles;  // of batch and head
+        // Unsigned: a division is half as long.
+        const unsigned int number = block, tiles_a_head = tiles;
+        unsigned int pair = number / tiles_a_head;  // of batch and head
         if constexpr (SPEC.bounded_right) {
             // Under a right bound the last queries and the first keys have the most to do: in each section of heads
             // they go first.
-            const int section = block / (p.section_heads * tiles);
-            const int first = section * p.section_heads, within = block - first * tiles;
-            const int pairs = min(p.section_heads, heads * p.batch - first);
-            pair = first + within % pairs;
-            tile = BY_KEYS ? within / pairs : tiles - 1 - within / pairs;
+            const unsigned int section_heads = p.section_heads, section = number / (section_heads * tiles_a_head);
+            const unsigned int first = section * section_heads, within = number - first * tiles_a_head;
+            const unsigned int pairs = min(section_heads, static_cast<unsigned int>(heads * p.batch) - first);
+            const unsigned int rank = within / pairs;
+            pair = first + within - rank * pairs;
+            tile = BY_KEYS ? rank : tiles_a_head - 1 - rank;
         }
-        const int batch = pair / heads;
-        work.head = pair % heads;
+        const int batch = pair / static_cast<unsigned int>(heads);
+        work.head = pair - batch * heads;
         work.tile = tile;
         work.sequence = Sequence{batch, batch, 0, 0, p.q_len, p.kv_len};
         work.exists = true;

@@ -234,7 +234,7 @@ def shared_bytes(kernel: str, spec: Spec, tile: Tile) -> int:
             exchanged = 0
         else:  # dS in a ring, and dQ in float32, one piece a warpgroup
             exchanged = (3 if tile.rows == 64 else 2) * tile.rows * tile.cols * element_bytes + 2 * 64 * 64 * 4
-        return tiles * element_bytes + exchanged + tile.stages * tile.rows * 16 + 72 + 32 * tile.stages
+        return tiles * element_bytes + exchanged + tile.stages * tile.rows * 16 + 96 + 32 * tile.stages
 
     def pitch(dim: int) -> int:  # row_pitch of cuda_src/product.cuh
         step = 16 * tile.split

@@ -32,7 +32,7 @@ logger = logging.getLogger("cuflash")
 MAX_LENGTH = 2**29  # tokens: positions and bounds are 32-bit integers in the kernels
 _UNBOUNDED = 2**30 - 1024  # a mask's bound beyond every position
 _MAX_BLOCKS = 2**31 - 1
-_FEW_TILES = {"backward_hopper": 32, "backward_hopper_wide": 64}  # a head, for a persistent grid under a mask
+_TICKETS = 2  # counters behind D
 _SECTION_BYTES = 2**25  # of the L2 cache
 _SHARED_SIZE_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
@@ -44,7 +44,8 @@ PARAMS = (
       for field in ("data", "batch_stride", "row_stride", "head_stride")),
     *((f"{name}.{field}", "P" if field == "data" else "q") for name in _STATISTICS
       for field in ("data", "batch_stride", "head_stride")),
-    ("dq_sum", "P"), ("dq_turns", "P"), ("alibi_slopes", "P"), ("alibi_batch_stride", "q"), ("alibi_head_stride", "q"),
+    ("dq_sum", "P"), ("dq_turns", "P"), ("tickets", "P"),
+    ("alibi_slopes", "P"), ("alibi_batch_stride", "q"), ("alibi_head_stride", "q"),
     ("sinks", "P"), ("sinks_stride", "q"), ("dsinks", "P"),
     ("cu_seqlens_q", "P"), ("cu_seqlens_k", "P"), ("seed", "Q"),
     *((name, "i") for name in ("batch", "heads", "group", "q_len", "kv_len", "q_tiles", "kv_tiles", "section_heads",
@@ -84,7 +85,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, like: Any) -> Any:
 
 def forward(problem: Problem, q: Any, k: Any, v: Any, out: Any, lse: Any, extras: Extras) -> None:
     """Write out and lse; the arrays as for cuflash.numpy_backend.forward, on one GPU."""
-    arrays = (q, k, v, out, None, None, None, None, lse, None, None, None, None, None, *extras)
+    arrays = (q, k, v, out, None, None, None, None, lse, None, None, None, None, None, None, *extras)
     with _on_device(q):
         _run(problem, arrays, backward=False)
 
@@ -114,11 +115,12 @@ def backward(
     """
     cupy = toolchain.import_cupy()
     with _on_device(q):
-        delta = cupy.empty(lse.shape, lse.dtype)
-        arrays = (q, k, v, out, dout, dq, dk, dv, lse, dlse, delta, dsinks, None, None, *extras)
+        rows = cupy.empty(lse.size + _TICKETS, np.float32)
+        delta, tickets = cupy.ndarray(lse.shape, np.float32, rows.data), rows[lse.size :]
+        arrays = (q, k, v, out, dout, dq, dk, dv, lse, dlse, delta, dsinks, None, None, tickets, *extras)
         workspace = _run(problem, arrays, backward=True, accumulate=accumulate, lean=lean)
         if cupy.cuda.get_current_stream().is_capturing():
-            _CAPTURED.extend((delta, workspace))  # a graph goes on using them after this call
+            _CAPTURED.extend((rows, workspace))  # a graph goes on using them after this call
 
 
 _CAPTURED: list[Any] = []  # workspace of calls inside captured graphs
@@ -332,24 +334,20 @@ def _blocks(name: str, problem: Problem, tile: Tile, device: int, q_tiles: int) 
     """Thread blocks of a kernel's grid."""
     batch = 1 if problem.spec.packed else problem.batch  # packed sequences share one range of tiles
     q_blocks = q_tiles * problem.heads * batch
-    kv_tiles = _tiles(problem, problem.kv_len, tile.cols)
-    kv_blocks = kv_tiles * problem.kv_heads * batch
+    kv_blocks = _tiles(problem, problem.kv_len, tile.cols) * problem.kv_heads * batch
     uneven = problem.spec.bounded_left or problem.spec.bounded_right
-
-    def persistent(blocks: int, tiles: int) -> int:
-        """Equal tiles, or few a head: each multiprocessor loops over its share. Many unequal ones: a block each, so
-        that a multiprocessor that is done takes the next."""
-        return blocks if uneven and tiles > _FEW_TILES.get(name, 8) else min(blocks, _multiprocessors(device))
 
     counts: dict[str, Callable[[], int]] = {
         "forward_portable": lambda: q_blocks,
-        "forward_hopper": lambda: persistent(q_blocks, q_tiles),
+        # Equal tiles, or few a head: each multiprocessor loops over its share. Many unequal ones: a block each, so
+        # that a multiprocessor that is done takes the next.
+        "forward_hopper": lambda: q_blocks if uneven and q_tiles > 8 else min(q_blocks, _multiprocessors(device)),
         "backward_prepare": lambda: -(-problem.q_len * batch // tile.rows),
         "backward_sinks": lambda: problem.heads,
         "backward_portable_dkv": lambda: kv_blocks,
         "backward_portable_dq": lambda: q_blocks,
-        "backward_hopper": lambda: persistent(kv_blocks, kv_tiles),
-        "backward_hopper_wide": lambda: persistent(kv_blocks, kv_tiles),
+        "backward_hopper": lambda: min(kv_blocks, _multiprocessors(device)),
+        "backward_hopper_wide": lambda: min(kv_blocks, _multiprocessors(device)),
         "backward_hopper_dq": lambda: q_blocks,
         "backward_finish": lambda: q_blocks * (problem.spec.head_dim // tile.cols),
     }
