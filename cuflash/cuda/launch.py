@@ -67,6 +67,7 @@ _ARRAYS = (
     "dsinks",
     "dq_sum",
     "dq_turns",
+    "tickets",
     "alibi_slopes",
     "sinks",
     "cu_seqlens_q",
