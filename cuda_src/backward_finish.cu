@@ -4,7 +4,7 @@
 // 8 j + 2 (t % 4) + r % 2.
 #include "copy.cuh"
 
-constexpr int D = SPEC.head_dim, PIECE = 64 * 64;
+constexpr int D = round_up(SPEC.head_dim, 64), PIECE = 64 * 64;
 
 // Eight neighbouring columns of one row.
 template <typename Out>
@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_finish(const __gr
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = 64 * block + 16 * warp + quad + 8 * half;
-            if (row >= p.q_len) continue;
+            if (row >= p.q_len || 64 * panel + 8 * j >= SPEC.head_dim) continue;
             const long long offset =
                 batch * p.dq.batch_stride + row * p.dq.row_stride + head * p.dq.head_stride + 64 * panel + 8 * j;
             if (p.dq_float32) {

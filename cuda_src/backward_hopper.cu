@@ -18,13 +18,20 @@ constexpr bool WITH_DQ = !SPEC.lean;
 constexpr int GROUPS = 2;              // warpgroups that compute
 constexpr int PIECE = 64 * 64;         // elements of a piece of dQ
 constexpr int PIECES_ACROSS = D / 64;  // of a row of dQ
-constexpr int DS_SLOTS = R == 64 ? 3 : 2;
+// Slots for dS, which let the warpgroups drift apart, and for a warpgroup's pieces of dQ, of which a second lets it go
+// on while the first waits for its turn.
+constexpr int DQ_SLOTS = SPEC.deterministic && R == 64 ? 2 : 1;
+constexpr int DS_SLOTS = DQ_SLOTS == 1 && R == 64 ? 3 : 2;
 constexpr int DS_BYTES = R * TILE.cols * 2, DQ_BYTES = PIECE * 4;
-constexpr int PRODUCER_REGISTERS = D == 64 ? 40 : 24, MATH_REGISTERS = D == 64 ? 232 : 240;
+// The producer warps would like 40 registers; where the math warpgroups need 240, they make do with 24.
+constexpr bool WIDE_PRODUCER = D == 128 && EARLY_P && !FOLD;
+constexpr int PRODUCER_REGISTERS = WIDE_PRODUCER ? 40 : 24, MATH_REGISTERS = WIDE_PRODUCER ? 232 : 240;
 static_assert(TILE.cols == 64 * GROUPS && TILE.warps == 4 * (GROUPS + 1));
 static_assert(!WITH_DQ || R / 64 * PIECES_ACROSS == GROUPS, "each warpgroup makes one piece of dQ a step");
 
-enum NamedBarrier { FIRST_DONE = 1, DQ_FULL = 2, DQ_EMPTY = 4 };  // and one more for the second warpgroup
+enum NamedBarrier { FIRST_DONE = 1, DQ_FULL = 2, DQ_EMPTY = 6 };  // of the first warpgroup's first slot
+
+__device__ __forceinline__ int dq_slot(int slot, int warpgroup) { return slot * GROUPS + warpgroup; }
 
 // Where everything lies in shared memory.
 struct Layout : Barriers {
@@ -37,16 +44,16 @@ struct Layout : Barriers {
           dO(Q + TILE.stages * Q_BYTES),
           dS(dO + TILE.stages * DO_BYTES),
           dQ(dS + WITH_DQ * DS_SLOTS * DS_BYTES),
-          statistics(dQ + WITH_DQ * GROUPS * DQ_BYTES) {
+          statistics(dQ + WITH_DQ * DQ_SLOTS * GROUPS * DQ_BYTES) {
         barriers = statistics + TILE.stages * STATISTIC_BYTES;
     }
 };
 
 // One warp for each warpgroup: its piece of dQ of every step is added to the sum in global memory.
 __device__ __forceinline__ void add_dq(const Params& p, const Layout& smem, int warpgroup) {
-    const unsigned int piece_smem = smem.dQ + warpgroup * DQ_BYTES;
     const bool leader = threadIdx.x % 32 == 0;
-    named_barrier_arrive(DQ_EMPTY + warpgroup, 160);
+    for (int i = 0; i < DQ_SLOTS; ++i) named_barrier_arrive(DQ_EMPTY + dq_slot(i, warpgroup), 160);
+    int slot = 0;
     for_each_tile<false>(p, smem, [&](const Work& work, const Band& band, Steps steps) {
         for (; steps.more(); steps.advance()) {
             const long long tile =
@@ -59,18 +66,19 @@ __device__ __forceinline__ void add_dq(const Params& p, const Layout& smem, int 
                 }
             }
             __syncwarp();
-            named_barrier_wait(DQ_FULL + warpgroup, 160);
+            named_barrier_wait(DQ_FULL + dq_slot(slot, warpgroup), 160);
             if (leader) {
-                reduce_add_bulk(p.dq_sum + piece * PIECE, piece_smem, DQ_BYTES);
+                reduce_add_bulk(p.dq_sum + piece * PIECE, smem.dQ + dq_slot(slot, warpgroup) * DQ_BYTES, DQ_BYTES);
                 bulk_commit();
                 bulk_wait_read();
             }
             __syncwarp();
-            named_barrier_arrive(DQ_EMPTY + warpgroup, 160);
+            named_barrier_arrive(DQ_EMPTY + dq_slot(slot, warpgroup), 160);
             if (SPEC.deterministic && leader) {
                 bulk_wait();
                 add_release(p.dq_turns + piece, 1);
             }
+            slot = (slot + 1) % DQ_SLOTS;
         }
     });
     if (leader) bulk_wait();
@@ -91,7 +99,7 @@ __device__ __forceinline__ void issue_dq(float (&dQ)[8][4], unsigned int dS_smem
 __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout& smem, int warpgroup) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const unsigned int K_smem = smem.K + warpgroup * 64 * 128, V_smem = smem.V + warpgroup * 64 * 128;
-    const unsigned int piece_smem = smem.dQ + warpgroup * DQ_BYTES + threadIdx.x % 128 * 16;
+    const unsigned int piece_smem = smem.dQ + threadIdx.x % 128 * 16;
     // Where stmatrix puts this warp's part of dS [rows, 64 keys]: lane l gives row l % 8 of matrix l / 8, of two by two
     // matrices of 8 queries and 8 keys.
     const int dS_row = lane / 16 * 8 + lane % 8, dS_chunk = 2 * warp + lane / 8 % 2;
@@ -101,6 +109,7 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
     statistic_columns(delta_ones, 3);
     Ring ring;
     Ring<DS_SLOTS> slot;
+    int dQ_slot = 0;
     unsigned int parity = 0;  // of the phase of K and V
 
     auto start_dq = [&](float (&dQ)[8][4], const Ring<DS_SLOTS>& from) {  // of the step whose dS is in slot `from`
@@ -111,14 +120,15 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
     auto finish_dq = [&](float (&dQ)[8][4], const Ring<DS_SLOTS>& from) {  // to the warp that adds it
         pin(dQ);
         if (lane == 0) barrier_arrive(smem.slot_empty(from.stage));
-        named_barrier_wait(DQ_EMPTY + warpgroup, 160);
+        named_barrier_wait(DQ_EMPTY + dq_slot(dQ_slot, warpgroup), 160);
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
-            store_shared(piece_smem + n * 2048, __float_as_uint(dQ[n][0]), __float_as_uint(dQ[n][1]),
-                         __float_as_uint(dQ[n][2]), __float_as_uint(dQ[n][3]));
+            store_shared(piece_smem + dq_slot(dQ_slot, warpgroup) * DQ_BYTES + n * 2048, __float_as_uint(dQ[n][0]),
+                         __float_as_uint(dQ[n][1]), __float_as_uint(dQ[n][2]), __float_as_uint(dQ[n][3]));
         }
         fence_async_proxy();
-        named_barrier_arrive(DQ_FULL + warpgroup, 160);
+        named_barrier_arrive(DQ_FULL + dq_slot(dQ_slot, warpgroup), 160);
+        dQ_slot = (dQ_slot + 1) % DQ_SLOTS;
     };
 
     for_each_tile<false>(p, smem, [&](const Work& work, const Band& band, Steps steps) {
@@ -126,7 +136,6 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
         const int kv_first = work.tile * TILE.cols + warpgroup * 64;
         const Elementwise elementwise{band, kv_first + warp * 16};
         float dK[D / 8][4], dV[DV / 8][4];
-        unsigned int V_frag[V_STEPS + 1][4];
 
         auto step = [&](const bool first) {  // a constant where it is inlined
             const Stage stage{smem.Q + ring.stage * Q_BYTES, smem.dO + ring.stage * DO_BYTES,
@@ -142,7 +151,7 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
             wgmma_fence();
             issue_scores(S, K_smem, stage, lse_ones);
             barrier_wait(smem.dO_full(ring.stage), ring.parity);
-            issue_dp(dP, V_smem, V_frag, stage, delta_ones);
+            issue_dp(dP, V_smem, stage, delta_ones);
 
             // P^T and dS^T  [64, rows]
             unsigned int P[N / 2][4], dS[N / 2][4];
@@ -204,18 +213,13 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
 
         const int kv_row = kv_first + warp * 16;
         if (!steps.more()) {
-            store_no_keys<D>(p, p.dk, p.dk_float32, work, kv_row);
-            store_no_keys<DV>(p, p.dv, p.dv_float32, work, kv_row);
+            store_no_keys<SPEC.head_dim>(p, p.dk, p.dk_float32, work, kv_row);
+            store_no_keys<SPEC.head_dim_v>(p, p.dv, p.dv_float32, work, kv_row);
             return;
         }
         barrier_wait(smem.K_full(), parity);
         barrier_wait(smem.V_full(), parity);
         parity ^= 1;
-#pragma unroll
-        for (int i = 0; i < V_STEPS; ++i) {
-            const int row = warp * 16 + lane % 16, chunk = 2 * i + lane / 16;
-            load_matrix_x4(V_frag[i], V_smem + row * 128 + (chunk ^ row % 8) * 16);
-        }
         if (warpgroup == 1) named_barrier_wait(FIRST_DONE, 256);  // out of phase from the start
         step(true);
 #pragma unroll 1
@@ -227,10 +231,12 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
             finish_dq(dQ, slot.previous());
         }
         if (lane == 0) barrier_arrive(smem.KV_empty());
-        store_keys<D>(p, p.dk, p.dk_float32, work, kv_row, dK, p.scale);
-        store_keys<DV>(p, p.dv, p.dv_float32, work, kv_row, dV, 1.0f);
+        store_keys<SPEC.head_dim>(p, p.dk, p.dk_float32, work, kv_row, dK, p.scale);
+        store_keys<SPEC.head_dim_v>(p, p.dv, p.dv_float32, work, kv_row, dV, 1.0f);
     });
-    if constexpr (WITH_DQ) named_barrier_wait(DQ_EMPTY + warpgroup, 160);  // no arrival is left over
+    if constexpr (WITH_DQ) {  // no arrival is left over
+        for (int i = 0; i < DQ_SLOTS; ++i) named_barrier_wait(DQ_EMPTY + dq_slot(i, warpgroup), 160);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

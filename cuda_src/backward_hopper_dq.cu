@@ -10,7 +10,8 @@
 #include "tma.cuh"
 #include "wgmma.cuh"
 
-constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
+// Head dimensions in whole panels of 64 columns; columns beyond the tensors' are zeros.
+constexpr int D = round_up(SPEC.head_dim, 64), DV = round_up(SPEC.head_dim_v, 64);
 constexpr int GROUPS = TILE.warps / 4 - 1;                            // warpgroups that compute
 constexpr int N = TILE.cols / 8;                                      // accumulator tiles across S and dP
 constexpr int Q_PANEL = TILE.rows * 128, KV_PANEL = TILE.cols * 128;  // bytes of 64 columns
@@ -19,7 +20,7 @@ constexpr int K_BYTES = D / 64 * KV_PANEL, V_BYTES = DV / 64 * KV_PANEL;
 constexpr int V_STAGES = D > 128 ? 1 : TILE.stages;  // V is done with early in a step, K late in the next
 // Whether Q and dO are left operands from registers, which halves what the products read from shared memory.
 constexpr bool IN_REGISTERS = D <= 128 && TILE.cols == 64 && !SPEC.softcap && !SPEC.dropout;
-static_assert(GROUPS == 2 && TILE.rows == 64 * GROUPS && D % 64 == 0 && DV % 64 == 0);
+static_assert(GROUPS == 2 && TILE.rows == 64 * GROUPS);
 
 // The second warpgroup starts when the first has its first dP: out of phase, one's exponentials run under the other's
 // products.
@@ -51,19 +52,22 @@ __device__ __forceinline__ void load(const Params& p, const TensorMap& Q_map, co
         const int kv_first = tile * TILE.cols;
         if (tile == tiles.first) {
             barrier_expect(smem.Q_full(), Q_BYTES);
-            load_tile_tma(smem.Q, Q_map, smem.Q_full(), q_first, work.head, batch, EVICT_FIRST);
+            load_panels<SPEC.head_dim, Q_PANEL>(smem.Q, Q_map, smem.Q_full(), q_first, work.head, batch, EVICT_FIRST);
         }
         const unsigned int K_full = smem.K_full(K_ring.stage), V_full = smem.V_full(V_ring.stage);
         barrier_wait(smem.K_empty(K_ring.stage), K_ring.parity ^ 1);
         barrier_expect(K_full, K_BYTES);
-        load_tile_tma(smem.K + K_ring.stage * K_BYTES, K_map, K_full, kv_first, kv_head, batch, EVICT_LAST);
+        load_panels<SPEC.head_dim, KV_PANEL>(smem.K + K_ring.stage * K_BYTES, K_map, K_full, kv_first, kv_head, batch,
+                                             EVICT_LAST);
         if (tile == tiles.first) {
             barrier_expect(smem.dO_full(), DO_BYTES);
-            load_tile_tma(smem.dO, dO_map, smem.dO_full(), q_first, work.head, batch, EVICT_FIRST);
+            load_panels<SPEC.head_dim_v, Q_PANEL>(smem.dO, dO_map, smem.dO_full(), q_first, work.head, batch,
+                                                  EVICT_FIRST);
         }
         barrier_wait(smem.V_empty(V_ring.stage), V_ring.parity ^ 1);
         barrier_expect(V_full, V_BYTES);
-        load_tile_tma(smem.V + V_ring.stage * V_BYTES, V_map, V_full, kv_first, kv_head, batch, EVICT_LAST);
+        load_panels<SPEC.head_dim_v, KV_PANEL>(smem.V + V_ring.stage * V_BYTES, V_map, V_full, kv_first, kv_head, batch,
+                                               EVICT_LAST);
         K_ring.advance();
         V_ring.advance();
     }
@@ -213,7 +217,7 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Lay
             for (int r = 0; r < 4; ++r) dQ[n][r] = 0.0f;
         }
     }
-    store_gradient<D>(p.dq, p.dq_float32, sequence.batch, row, head, rows, 0, dQ, p.scale, p.accumulate);
+    store_gradient<SPEC.head_dim>(p.dq, p.dq_float32, sequence.batch, row, head, rows, 0, dQ, p.scale, p.accumulate);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

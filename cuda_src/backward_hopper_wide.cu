@@ -101,7 +101,7 @@ __device__ __forceinline__ void differentiate_values(const Params& p, const Layo
         };
 
         if (!steps.more()) {
-            store_no_keys<DV>(p, p.dv, p.dv_float32, work, kv_first + warp_row);
+            store_no_keys<SPEC.head_dim_v>(p, p.dv, p.dv_float32, work, kv_first + warp_row);
             return;
         }
         barrier_wait(smem.K_full(), walk.parity);
@@ -110,14 +110,14 @@ __device__ __forceinline__ void differentiate_values(const Params& p, const Layo
 #pragma unroll 1
         while (steps.more()) step(false);
         if (lane == 0) barrier_arrive(smem.KV_empty());
-        store_keys<DV>(p, p.dv, p.dv_float32, work, kv_first + warp_row, dV, 1.0f);
+        store_keys<SPEC.head_dim_v>(p, p.dv, p.dv_float32, work, kv_first + warp_row, dV, 1.0f);
     });
 }
 
 // The second warpgroup: dK of every tile of keys.
 __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout& smem) {
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 % 4 * 16;
-    unsigned int ones[4], no_frag[1][4];
+    unsigned int ones[4];
     statistic_columns(ones, 3);
     Walk walk;
     for_each_tile<false>(p, smem, [&](const Work& work, const Band& band, Steps steps) {
@@ -133,7 +133,7 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
             barrier_wait(smem.dO_full(walk.ring.stage), walk.ring.parity);
             barrier_wait(smem.statistics_full(walk.ring.stage), walk.ring.parity);
             wgmma_fence();
-            issue_dp(dP, smem.V, no_frag, stage, ones);
+            issue_dp(dP, smem.V, stage, ones);
             wgmma_wait<0>();
             pin(dP);
 
@@ -160,7 +160,7 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
         };
 
         if (!steps.more()) {
-            store_no_keys<D>(p, p.dk, p.dk_float32, work, kv_first + warp_row);
+            store_no_keys<SPEC.head_dim>(p, p.dk, p.dk_float32, work, kv_first + warp_row);
             return;
         }
         barrier_wait(smem.V_full(), walk.parity);
@@ -169,7 +169,7 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
 #pragma unroll 1
         while (steps.more()) step(false);
         if (lane == 0) barrier_arrive(smem.KV_empty());
-        store_keys<D>(p, p.dk, p.dk_float32, work, kv_first + warp_row, dK, p.scale);
+        store_keys<SPEC.head_dim>(p, p.dk, p.dk_float32, work, kv_first + warp_row, dK, p.scale);
     });
 }
 

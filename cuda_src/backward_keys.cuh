@@ -10,22 +10,21 @@
 #include "tma.cuh"
 #include "wgmma.cuh"
 
-constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
+// Head dimensions in whole panels of 64 columns; columns beyond the tensors' are zeros.
+constexpr int D = round_up(SPEC.head_dim, 64), DV = round_up(SPEC.head_dim_v, 64);
 constexpr int R = TILE.rows;                                  // queries a step
 constexpr int N = R / 8;                                      // accumulator tiles across S^T and dP^T
 constexpr int Q_PANEL = R * 128, KV_PANEL = TILE.cols * 128;  // bytes of 64 columns
 constexpr int K_BYTES = D / 64 * KV_PANEL, V_BYTES = DV / 64 * KV_PANEL;
 constexpr int Q_BYTES = D / 64 * Q_PANEL, DO_BYTES = DV / 64 * Q_PANEL;
 constexpr int STATISTIC_BYTES = R * 16;
-static_assert(D % 64 == 0 && DV % 64 == 0);
 
 // Whether P does not need dP, so that it is computed while the tensor cores work on dP.
 constexpr bool EARLY_P = !SPEC.softcap && !SPEC.dropout;
 // Whether the products subtract LSE and D: one step more of their contraction, of ones and of the statistics in three
 // bfloat16 terms, gives S - LSE / scale and dP - D. float16 has not the range.
 constexpr bool FOLD = EARLY_P && !SPEC.alibi && SPEC.dtype == Dtype::bfloat16;
-constexpr int V_STEPS = FOLD && R == 64 && DV == 128 ? 0 : 0;  // steps of dP whose part of V stays in registers
-constexpr float NEVER = 1e30f;                                 // as the LSE of a row outside the sequence: P = 0
+constexpr float NEVER = 1e30f;  // as the LSE of a row outside the sequence: P = 0
 
 // Deterministic sums of dQ take the tiles of keys in order. Tiles of queries from the last to the first then suit a
 // causal mask: thread blocks that start one after the other stay one after the other, and nobody waits.
@@ -134,19 +133,22 @@ __device__ __forceinline__ void load(const Params& p, const TensorMap& Q_map, co
             if (first) {
                 barrier_wait(smem.KV_empty(), parity ^ 1);
                 barrier_expect(smem.K_full(), K_BYTES);
-                load_tile_tma(smem.K, K_map, smem.K_full(), kv_first, work.head, batch, EVICT_FIRST);
+                load_panels<SPEC.head_dim, KV_PANEL>(smem.K, K_map, smem.K_full(), kv_first, work.head, batch,
+                                                     EVICT_FIRST);
             }
             barrier_wait(smem.empty(stage), ring.parity ^ 1);
             barrier_expect(smem.Q_full(stage), Q_BYTES);
-            load_tile_tma(smem.Q + stage * Q_BYTES, Q_map, smem.Q_full(stage), q_first, steps.head, batch, EVICT_LAST);
+            load_panels<SPEC.head_dim, Q_PANEL>(smem.Q + stage * Q_BYTES, Q_map, smem.Q_full(stage), q_first,
+                                                steps.head, batch, EVICT_LAST);
             if (first) {
                 barrier_expect(smem.V_full(), V_BYTES);
-                load_tile_tma(smem.V, V_map, smem.V_full(), kv_first, work.head, batch, EVICT_FIRST);
+                load_panels<SPEC.head_dim_v, KV_PANEL>(smem.V, V_map, smem.V_full(), kv_first, work.head, batch,
+                                                       EVICT_FIRST);
                 parity ^= 1;
             }
             barrier_expect(smem.dO_full(stage), DO_BYTES);
-            load_tile_tma(smem.dO + stage * DO_BYTES, dO_map, smem.dO_full(stage), q_first, steps.head, batch,
-                          EVICT_LAST);
+            load_panels<SPEC.head_dim_v, Q_PANEL>(smem.dO + stage * DO_BYTES, dO_map, smem.dO_full(stage), q_first,
+                                                  steps.head, batch, EVICT_LAST);
             ring.advance();
         }
     });
@@ -218,37 +220,31 @@ __device__ __forceinline__ void statistic_columns(unsigned int (&ones)[4], int f
     for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(ones[i]));
 }
 
-// S^T = K Q^T  [64, rows], asynchronous; with FOLD minus LSE / scale.
-__device__ __forceinline__ void issue_scores(float (&S)[N][4], unsigned int K_smem, const Stage& stage,
-                                             const unsigned int (&ones)[4]) {
-    const unsigned long long K = tile_descriptor(K_smem, 16), Q = tile_descriptor(stage.Q, 16);
+// X = A B^T  [64, rows], A [64, 16 STEPS] of a tile of keys and B [rows, 16 STEPS] of queries, asynchronous; with FOLD
+// minus the statistic in the columns of `ones`.
+template <int STEPS>
+__device__ __forceinline__ void issue_nt(float (&X)[N][4], unsigned int A_smem, unsigned int B_smem,
+                                         unsigned int statistics_smem, const unsigned int (&ones)[4]) {
+    const unsigned long long A = tile_descriptor(A_smem, 16), B = tile_descriptor(B_smem, 16);
 #pragma unroll
-    for (int step = 0; step < D / 16; ++step) {
+    for (int step = 0; step < STEPS; ++step) {
         const int in_panel = step % 4 * 2;  // 32 bytes
-        wgmma_ss<K_MAJOR>(S, K + step / 4 * (KV_PANEL / 16) + in_panel, Q + step / 4 * (Q_PANEL / 16) + in_panel,
+        wgmma_ss<K_MAJOR>(X, A + step / 4 * (KV_PANEL / 16) + in_panel, B + step / 4 * (Q_PANEL / 16) + in_panel,
                           step > 0);
     }
-    if constexpr (FOLD) wgmma_rs<K_MAJOR>(S, ones, narrow_descriptor(stage.statistics), true);
+    if constexpr (FOLD) wgmma_rs<K_MAJOR>(X, ones, narrow_descriptor(statistics_smem), true);
     wgmma_commit();
 }
 
-// dP^T = V dO^T  [64, rows], asynchronous; with FOLD minus D.
-__device__ __forceinline__ void issue_dp(float (&dP)[N][4], unsigned int V_smem,
-                                         const unsigned int (&V_frag)[V_STEPS + 1][4], const Stage& stage,
+// S^T = K Q^T and dP^T = V dO^T  [64, rows], asynchronous; with FOLD minus LSE / scale and D.
+__device__ __forceinline__ void issue_scores(float (&S)[N][4], unsigned int K_smem, const Stage& stage,
+                                             const unsigned int (&ones)[4]) {
+    issue_nt<D / 16>(S, K_smem, stage.Q, stage.statistics, ones);
+}
+
+__device__ __forceinline__ void issue_dp(float (&dP)[N][4], unsigned int V_smem, const Stage& stage,
                                          const unsigned int (&ones)[4]) {
-    const unsigned long long V = tile_descriptor(V_smem, 16), dO = tile_descriptor(stage.dO, 16);
-#pragma unroll
-    for (int step = 0; step < DV / 16; ++step) {
-        const int in_panel = step % 4 * 2;
-        const unsigned long long dO_step = dO + step / 4 * (Q_PANEL / 16) + in_panel;
-        if (step < V_STEPS) {
-            wgmma_rs<K_MAJOR>(dP, V_frag[step < V_STEPS ? step : 0], dO_step, step > 0);
-        } else {
-            wgmma_ss<K_MAJOR>(dP, V + step / 4 * (KV_PANEL / 16) + in_panel, dO_step, step > 0);
-        }
-    }
-    if constexpr (FOLD) wgmma_rs<K_MAJOR>(dP, ones, narrow_descriptor(stage.statistics), true);
-    wgmma_commit();
+    issue_nt<DV / 16>(dP, V_smem, stage.dO, stage.statistics, ones);
 }
 
 // X += A B  [64, 8 TILES], A [64, rows] in registers and B [rows, 8 TILES] in shared memory, asynchronous.
@@ -346,9 +342,9 @@ struct Elementwise {
 };
 
 // dK or dV of one warp's 16 keys from `kv_row` on, zero where no query attends to them.
-template <int DIM>
+template <int DIM, int TILES>
 __device__ __forceinline__ void store_keys(const Params& p, const Tensor& tensor, bool is_float32, const Work& work,
-                                           int kv_row, const float (&X)[DIM / 8][4], float scale) {
+                                           int kv_row, const float (&X)[TILES][4], float scale) {
     store_gradient<DIM>(tensor, is_float32, work.sequence.batch, work.sequence.kv_start + kv_row, work.head,
                         work.sequence.kv_len - kv_row, 0, X, scale, p.accumulate);
 }
@@ -356,6 +352,6 @@ __device__ __forceinline__ void store_keys(const Params& p, const Tensor& tensor
 template <int DIM>
 __device__ __forceinline__ void store_no_keys(const Params& p, const Tensor& tensor, bool is_float32, const Work& work,
                                               int kv_row) {
-    const float zeros[DIM / 8][4] = {};
+    const float zeros[round_up(DIM, 64) / 8][4] = {};
     store_keys<DIM>(p, tensor, is_float32, work, kv_row, zeros, 1.0f);
 }

@@ -51,20 +51,6 @@ __device__ __forceinline__ TileRange tiles_of_work(const Band& band, int q_first
     return band.kv_tiles(q_first, min(q_first + TILE.rows, q_len) - 1);
 }
 
-// X_smem = the tile at row `row` of one head, DIM columns in panels of PANEL bytes.
-template <int DIM, int PANEL>
-__device__ __forceinline__ void load_panels(unsigned int X_smem, const TensorMap& map, unsigned int barrier, int row,
-                                            int head, int batch, unsigned long long policy) {
-    if constexpr (DIM % 64 == 0) {
-        load_tile_tma(X_smem, map, barrier, row, head, batch, policy);
-    } else {
-#pragma unroll
-        for (int panel = 0; panel < ceil_div(DIM, 64); ++panel) {
-            load_panel_tma(X_smem + panel * PANEL, map, barrier, 64 * panel, row, head, batch, policy);
-        }
-    }
-}
-
 // One thread: the copies of all work, in the order the consumers need them.
 __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map, const TensorMap& K_map,
                                         const TensorMap& V_map, const Layout& smem, int blocks) {

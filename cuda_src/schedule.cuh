@@ -92,7 +92,9 @@ struct TileRange {
 __device__ __forceinline__ TileRange tiles_of(int start, int stop, int length, int tile_rows) {
     start = max(start, 0);
     stop = min(stop, length);
-    return start < stop ? TileRange{start / tile_rows, ceil_div(stop, tile_rows)} : TileRange{0, 0};
+    if (start >= stop) return TileRange{0, 0};
+    const unsigned int rows = tile_rows;  // unsigned: a shift where the tile is a power of two
+    return TileRange{static_cast<int>(start / rows), static_cast<int>((stop + rows - 1) / rows)};
 }
 
 // Number `round` of a thread block's share of the work. Rounds alternate in direction: where the work of a round falls

@@ -2,6 +2,7 @@
 // (cuflash/cuda/tensor_map.py): [batch, heads, dim / 64, len, 64], so that one copy loads a tile as panels of 64
 // elements, each row 128 bytes, swizzled by 128 bytes; rows beyond the tensor become zeros.
 #pragma once
+#include "spec.cuh"
 
 struct alignas(64) TensorMap {
     unsigned char opaque[128];
@@ -34,6 +35,20 @@ __device__ __forceinline__ void load_panel_tma(unsigned int X_smem, const Tensor
         "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(X_smem),
         "l"(&map), "r"(barrier), "r"(col), "r"(row), "r"(head), "r"(batch), "l"(policy)
         : "memory");
+}
+
+// X_smem = the tile at row `row` of one head, DIM columns in panels of PANEL bytes.
+template <int DIM, int PANEL>
+__device__ __forceinline__ void load_panels(unsigned int X_smem, const TensorMap& map, unsigned int barrier, int row,
+                                            int head, int batch, unsigned long long policy) {
+    if constexpr (DIM % 64 == 0) {
+        load_tile_tma(X_smem, map, barrier, row, head, batch, policy);
+    } else {
+#pragma unroll
+        for (int panel = 0; panel < ceil_div(DIM, 64); ++panel) {
+            load_panel_tma(X_smem + panel * PANEL, map, barrier, 64 * panel, row, head, batch, policy);
+        }
+    }
 }
 
 // X_gmem += X_smem for `bytes` bytes of float32, each element atomically.

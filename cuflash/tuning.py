@@ -87,8 +87,13 @@ _HOPPER_FORWARD_COLS = {
 # cols / 4 for dS, and head_dim / 2 for Q and dO where they stay in registers.
 _HOPPER_BACKWARD = {
     "backward_hopper": {64: (128, 128, 2, 12), 128: (64, 128, 2, 12)},
-    "backward_hopper_wide": {256: (64, 64, 2, 12)},
-    "backward_hopper_dq": {64: (128, 128, 2, 12), 128: (128, 64, 2, 12), 256: (128, 64, 2, 12)},
+    "backward_hopper_wide": {192: (64, 64, 2, 12), 256: (64, 64, 2, 12)},
+    "backward_hopper_dq": {
+        64: (128, 128, 2, 12),
+        128: (128, 64, 2, 12),
+        192: (128, 64, 2, 12),
+        256: (128, 64, 2, 12),
+    },
 }
 # Kernels of which there is one tile: tokens with all their heads, the rows of a head in turn, a piece of dQ.
 _FIXED = {
@@ -113,6 +118,8 @@ _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, h
 def kernel_spec(kernel: str, spec: Spec) -> Spec:
     """The Spec as far as a kernel's code depends on it, so that calls that differ elsewhere share one compilation."""
     relevant = {name: getattr(spec, name) for name in _RELEVANT[kernel]}
+    if kernel == "backward_hopper" and _dq_alone(spec):
+        relevant |= {"lean": True, "deterministic": False}  # nothing is atomic then
     return Spec(dtype=spec.dtype, head_dim=spec.head_dim, head_dim_v=spec.head_dim_v, packed=spec.packed, **relevant)
 
 
@@ -134,9 +141,9 @@ def kernels_of(spec: Spec, *, backward: bool, hopper: bool = False) -> tuple[str
     first = ("backward_prepare", "backward_sinks") if spec.sinks else ("backward_prepare",)
     if not hopper:
         return (*first, "backward_portable_dkv", "backward_portable_dq")
-    if spec.head_dim in _HOPPER_BACKWARD["backward_hopper_wide"]:
+    if _whole_panels(spec.head_dim) in _HOPPER_BACKWARD["backward_hopper_wide"]:
         return (*first, "backward_hopper_wide", "backward_hopper_dq")
-    return (*first, "backward_hopper", "backward_hopper_dq" if spec.lean else "backward_finish")
+    return (*first, "backward_hopper", "backward_hopper_dq" if _dq_alone(spec) else "backward_finish")
 
 
 def has_hopper(spec: Spec, *, backward: bool) -> bool:
@@ -144,13 +151,18 @@ def has_hopper(spec: Spec, *, backward: bool) -> bool:
     dims = (spec.head_dim, spec.head_dim_v)
     if spec.dtype not in ("float16", "bfloat16") or spec.packed:
         return False
-    if not backward:
-        return all(dim % 8 == 0 and _whole_panels(dim) in _HOPPER_FORWARD_COLS for dim in dims)
-    if spec.head_dim != spec.head_dim_v:
+    if any(dim % 8 or _whole_panels(dim) not in _HOPPER_FORWARD_COLS for dim in dims):
         return False
-    if spec.head_dim in _HOPPER_BACKWARD["backward_hopper_wide"]:
-        return not (spec.softcap or spec.dropout)
-    return spec.head_dim in _HOPPER_BACKWARD["backward_hopper"]
+    if not backward:
+        return True
+    panels, panels_v = map(_whole_panels, dims)
+    wide = panels in _HOPPER_BACKWARD["backward_hopper_wide"]
+    return panels == panels_v and not (wide and (spec.softcap or spec.dropout))
+
+
+def _dq_alone(spec: Spec) -> bool:
+    """Whether dQ is left to a kernel of its own, which needs no workspace: lean, or where registers do not suffice."""
+    return spec.lean or spec.softcap or spec.dropout
 
 
 def _whole_panels(dim: int) -> int:
@@ -189,7 +201,7 @@ def tile_of(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int |
     if kernel == "forward_hopper":
         return _hopper_forward_tile(spec, vector)
     if kernel in _HOPPER_BACKWARD:
-        rows, cols, stages, warps = _HOPPER_BACKWARD[kernel][spec.head_dim]
+        rows, cols, stages, warps = _HOPPER_BACKWARD[kernel][_whole_panels(spec.head_dim)]
         return Tile(rows=rows, cols=cols, stages=stages, warps=warps, blocks=1, vector=vector)
     if kernel in _FIXED:
         return replace(_FIXED[kernel], vector=vector)
@@ -217,23 +229,24 @@ def _portable_tile(kernel: str, spec: Spec, path: int, vector: int, shared_limit
 def shared_bytes(kernel: str, spec: Spec, tile: Tile) -> int:
     """Dynamic shared memory of a kernel, in bytes: the sums at the top of its source."""
     element_bytes = 4 if spec.dtype == "float32" else 2
-    if kernel == "forward_hopper":  # whole panels, and two barriers for Q and four a stage
-        dim, dim_v = _whole_panels(spec.head_dim), _whole_panels(spec.head_dim_v)
+    dim, dim_v = _whole_panels(spec.head_dim), _whole_panels(spec.head_dim_v)  # of the Hopper kernels
+    if kernel == "forward_hopper":  # and two barriers for Q and four a stage
         tiles = tile.rows * dim + tile.stages * tile.cols * (dim + dim_v)
         return tiles * element_bytes + 16 + 32 * tile.stages
     if kernel == "backward_hopper_dq":  # likewise, with dO beside Q; one stage of V where the head is wide
-        v_stages = 1 if spec.head_dim > 128 else tile.stages
-        q_elements = tile.rows * (spec.head_dim + spec.head_dim_v)
-        kv_elements = tile.cols * (tile.stages * spec.head_dim + v_stages * spec.head_dim_v)
-        return (q_elements + kv_elements) * element_bytes + 16 + 32 * tile.stages
+        v_stages = 1 if dim > 128 else tile.stages
+        tiles = tile.rows * (dim + dim_v) + tile.cols * (tile.stages * dim + v_stages * dim_v)
+        return tiles * element_bytes + 16 + 32 * tile.stages
     if kernel in ("backward_hopper", "backward_hopper_wide"):  # LSE and D in 16 bytes a row
-        tiles = (tile.cols + tile.stages * tile.rows) * (spec.head_dim + spec.head_dim_v)
+        tiles = (tile.cols + tile.stages * tile.rows) * (dim + dim_v)
         if kernel == "backward_hopper_wide":  # P in two slots
             exchanged = 2 * tile.rows * tile.cols * element_bytes
         elif spec.lean:
             exchanged = 0
-        else:  # dS in a ring, and dQ in float32, one piece a warpgroup
-            exchanged = (3 if tile.rows == 64 else 2) * tile.rows * tile.cols * element_bytes + 2 * 64 * 64 * 4
+        else:  # dS in a ring, and dQ in float32, one piece a warpgroup and slot
+            dq_slots = 2 if spec.deterministic and tile.rows == 64 else 1
+            ds_slots = 3 if tile.rows == 64 and dq_slots == 1 else 2
+            exchanged = ds_slots * tile.rows * tile.cols * element_bytes + dq_slots * 2 * 64 * 64 * 4
         return tiles * element_bytes + exchanged + tile.stages * tile.rows * 16 + 96 + 32 * tile.stages
 
     def pitch(dim: int) -> int:  # row_pitch of cuda_src/product.cuh

@@ -237,7 +237,7 @@ def _prepare(
             q_tiles = (
                 _tiles(problem, problem.q_len, rows["backward_hopper"]) * rows["backward_hopper"] // kernel.tile.rows
             )
-            pieces = problem.batch * problem.heads * q_tiles * (spec.head_dim // kernel.tile.cols)
+            pieces = problem.batch * problem.heads * q_tiles * -(-spec.head_dim // kernel.tile.cols)
             sum_size = pieces * kernel.tile.rows * kernel.tile.cols
             turns_size = pieces if spec.deterministic else 0
         blocks = _blocks(name, problem, kernel.tile, device, q_tiles)
@@ -350,7 +350,7 @@ def _blocks(name: str, problem: Problem, tile: Tile, device: int, q_tiles: int) 
         "backward_hopper": lambda: min(kv_blocks, _multiprocessors(device)),
         "backward_hopper_wide": lambda: min(kv_blocks, _multiprocessors(device)),
         "backward_hopper_dq": lambda: q_blocks,
-        "backward_finish": lambda: q_blocks * (problem.spec.head_dim // tile.cols),
+        "backward_finish": lambda: q_blocks * -(-problem.spec.head_dim // tile.cols),
     }
     return counts[name]()
 
