@@ -33,7 +33,7 @@ def jobs_of(spec: Spec, target: Target, vector: int = 16) -> list[Job]:
     for backward in (False, True):
         families = [(spec, False)]  # strides decide whether a call gets the Hopper kernels
         if target == Target.named("sm_90a") and tuning.has_hopper(spec, backward=backward):
-            families += [(spec, True), (replace(spec, lean=True), True)]
+            families += [(replace(spec, **how), True) for how in ({}, {"deterministic": True}, {"lean": True})]
         for wanted, hopper in families:
             for name in tuning.kernels_of(wanted, backward=backward, hopper=hopper):
                 known = tuning.kernel_spec(name, wanted)

@@ -97,6 +97,24 @@ def test_hopper_forward(options: dict[str, bool]) -> None:
 
 
 @pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bounded_left": True, "bounded_right": True},
+        {"bounded_right": True, "alibi": True, "sinks": True},
+        {"bounded_right": True, "softcap": True},
+        {"bounded_right": True, "dropout": True},
+        {**EVERYTHING, "packed": False},
+    ],
+)
+def test_hopper_backward(options: dict[str, bool], dtype: str) -> None:
+    specs = [_spec(dtype, dim, **options) for dim in (40, *HEAD_DIMS)]
+    jobs = [job for spec in specs for job in jobs_of(spec, Target.named("sm_90a"))]
+    _check([job for job in jobs if job[0].startswith(("backward_hopper", "backward_finish"))])
+
+
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("path", [750, 800])
 def test_forced_paths_compile_for_a_newer_gpu(path: int) -> None:
     jobs = jobs_of(_spec("float16", 128, **EVERYTHING), Target("sm_90a", path))
@@ -128,6 +146,24 @@ def test_every_head_dim_has_a_tile_that_fits() -> None:
                 assert path >= 800 or tile.stages == 1
                 counts[name] += 1
     assert set(counts) == {"forward_portable", "backward_prepare", "backward_portable_dkv", "backward_portable_dq"}
+
+
+@pytest.mark.parametrize("how", [{}, {"deterministic": True}, {"lean": True}, {"softcap": True}])
+def test_every_aligned_head_dim_has_a_hopper_backward_that_fits(how: dict[str, bool]) -> None:
+    for head_dim in range(8, 257, 8):
+        spec = _spec("bfloat16", head_dim, **how)
+        if not tuning.has_hopper(spec, backward=True):
+            assert head_dim > 128
+            assert spec.softcap
+            continue
+        names = tuning.kernels_of(spec, backward=True, hopper=True)
+        assert names[0] == "backward_prepare"
+        for name in names:
+            known = tuning.kernel_spec(name, spec)
+            tile = tuning.tile_of(name, known, 900, 16)
+            assert tuning.shared_bytes(name, known, tile) <= tuning.SHARED_MEMORY[900]
+    assert not tuning.has_hopper(_spec("bfloat16", 64, 128), backward=True)
+    assert not tuning.has_hopper(_spec("bfloat16", 60), backward=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout": True}])
@@ -162,6 +198,7 @@ def test_a_spec_is_reduced_to_what_a_kernel_depends_on() -> None:
     everything = _spec("bfloat16", 64, deterministic=True, **EVERYTHING)
     assert tuning.kernel_spec("backward_prepare", everything) == _spec("bfloat16", 64, packed=True)
     assert not tuning.kernel_spec("backward_portable_dq", everything).sinks
+    assert tuning.kernel_spec("backward_hopper", everything).lean  # registers do not suffice for dQ too
     assert tuning.kernel_spec("forward_portable", everything).sinks
 
 
