@@ -19,7 +19,7 @@ import cuflash
 from cuflash import masking
 
 TOKENS, HIDDEN = 16_384, 2_048
-LENGTHS = (512, 2_048, 8_192, 16_384)
+LENGTHS = (512, 2_048, 8_192, 16_384, 32_768)
 HEAD_DIMS = (64, 128, 256)
 PEERS = ("CUDNN_ATTENTION", "FLASH_ATTENTION")
 ROUNDS, WARM_UP = 7, 3
@@ -27,7 +27,7 @@ BURST_SECONDS = 0.01  # of work behind one timing: long against the cost of a la
 
 
 class Cell(NamedTuple):
-    """One problem of the grid: TOKENS tokens in sequences of `length`, HIDDEN wide."""
+    """One problem of the grid: TOKENS tokens in sequences of `length` (one sequence where it is longer), HIDDEN wide."""
 
     head_dim: int
     length: int
@@ -35,7 +35,7 @@ class Cell(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return TOKENS // self.length, self.length, HIDDEN // self.head_dim, self.head_dim
+        return max(1, TOKENS // self.length), self.length, HIDDEN // self.head_dim, self.head_dim
 
     @property
     def forward_flops(self) -> float:

@@ -85,8 +85,7 @@ __device__ __forceinline__ void differentiate_values(const Params& p, const Layo
             for (int i = 0; i < R / 16; ++i) {
                 store_shared(P_address(smem, walk.slot.stage, i), P[i][0], P[i][1], P[i][2], P[i][3]);
             }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(smem.slot_full(walk.slot.stage));
+            barrier_arrive(smem.slot_full(walk.slot.stage));
 
             // dV += P^T dO  [64, head_dim_v]
             barrier_wait(smem.dO_full(walk.ring.stage), walk.ring.parity);
@@ -142,8 +141,7 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
             barrier_wait(smem.slot_full(walk.slot.stage), walk.slot.parity);
 #pragma unroll
             for (int i = 0; i < R / 16; ++i) load_shared(P[i], P_address(smem, walk.slot.stage, i));
-            __syncwarp();
-            if (lane == 0) barrier_arrive(smem.slot_empty(walk.slot.stage));
+            barrier_arrive(smem.slot_empty(walk.slot.stage));
             elementwise.score_gradients(dP, P, stage);
             pack_all(dS, dP);
 
@@ -179,8 +177,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                          const __grid_constant__ TensorMap dO_map) {
     extern __shared__ __align__(1024) unsigned char smem_start[];
     const Layout smem(shared_address(smem_start));
-    // Math warps and the warp of statistics; a slot passes from one warpgroup to the other.
-    if (threadIdx.x == 0) smem.init(9, P_SLOTS, 4);
+    // Math warps and the warp of statistics; a slot passes from the threads of one warpgroup to those of the other.
+    if (threadIdx.x == 0) smem.init(9, P_SLOTS, 128);
     __syncthreads();
 
     const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0);  // known to be the same in all lanes

@@ -71,7 +71,7 @@ struct Barriers {
     __device__ __forceinline__ unsigned int statistics_full(int stage) const { return barriers + 112 + 32 * stage; }
     __device__ __forceinline__ unsigned int empty(int stage) const { return barriers + 120 + 32 * stage; }
 
-    // One thread; `walkers` warps take the number of the next tile, `slot_arrivals` warps fill and empty a slot.
+    // One thread; `walkers` warps take the number of the next tile, `slot_arrivals` arrivals fill or empty a slot.
     __device__ __forceinline__ void init(int walkers, int slots, int slot_arrivals) const {
         barrier_init(K_full(), 1);
         barrier_init(V_full(), 1);
@@ -85,7 +85,7 @@ struct Barriers {
         for (int stage = 0; stage < TILE.stages; ++stage) {
             barrier_init(Q_full(stage), 1);
             barrier_init(dO_full(stage), 1);
-            barrier_init(statistics_full(stage), 1);
+            barrier_init(statistics_full(stage), 32);
             barrier_init(empty(stage), 8);
         }
         fence_barrier_init();
@@ -196,8 +196,7 @@ __device__ __forceinline__ void load_statistics(const Params& p, const Layout& s
                 }
             }
             fence_async_proxy();
-            __syncwarp();
-            if (lane == 0) barrier_arrive(smem.statistics_full(ring.stage));
+            barrier_arrive(smem.statistics_full(ring.stage));
             ring.advance();
         }
     });

@@ -23,7 +23,11 @@ from cuflash.spec import Spec, Tile
 Job: TypeAlias = tuple[str, Spec, Tile, Target]  # the kernel's name and what its variant depends on
 
 
-def jobs_of(spec: Spec, target: Target, vector: int = 16) -> list[Job]:
+# How a backward on Hopper may come by dQ.
+WAYS: tuple[dict[str, bool], ...] = ({}, {"deterministic": True}, {"lean": True})
+
+
+def jobs_of(spec: Spec, target: Target, vector: int = 16, ways: Iterable[dict[str, bool]] = WAYS) -> list[Job]:
     """The jobs of one Spec, forward and backward, for rows aligned to `vector` bytes: every kernel a call may get.
 
     Raises UnsupportedError where the target's kernels cannot do it.
@@ -33,7 +37,7 @@ def jobs_of(spec: Spec, target: Target, vector: int = 16) -> list[Job]:
     for backward in (False, True):
         families = [(spec, False)]  # strides decide whether a call gets the Hopper kernels
         if target == Target.named("sm_90a") and tuning.has_hopper(spec, backward=backward):
-            families += [(replace(spec, **how), True) for how in ({}, {"deterministic": True}, {"lean": True})]
+            families += [(replace(spec, **way), True) for way in ways]
         for wanted, hopper in families:
             for name in tuning.kernels_of(wanted, backward=backward, hopper=hopper):
                 known = tuning.kernel_spec(name, wanted)

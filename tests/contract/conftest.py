@@ -55,7 +55,8 @@ def compiled(request: pytest.FixtureRequest) -> None:
             backend, case = parameters.get("backend"), parameters.get("prepared")
             if backend is not None and case is not None and backend.forced_arch is not None:
                 patch.setenv("CUFLASH_FORCE_ARCH", backend.forced_arch)
-                jobs += jobs_of(spec_of(case), toolchain.device_target(0), vector_of(case))
+                way = {"lean": True} if case.memory == "lean" else {"deterministic": case.deterministic}
+                jobs += jobs_of(spec_of(case), toolchain.device_target(0), vector_of(case), [way])
     outcome = precompile(jobs)
     assert not outcome.failed, outcome.failed[0]
 

@@ -43,7 +43,8 @@ def _forward_backward(
 
 def _assert_same(actual: list[Any], expected: list[Any]) -> None:
     for x, y in zip(actual, expected, strict=True):
-        assert x.tobytes() == y.tobytes()
+        bits = f"uint{8 * x.itemsize}"
+        assert bool((x.view(bits) == y.view(bits)).all())
 
 
 def _slow(cp: Any, seconds: float = 0.2) -> None:
@@ -138,7 +139,7 @@ def test_repeated_runs_are_bitwise_equal(cp: Any, dim: int, memory: str, options
 def test_a_thousand_runs_differ_by_rounding_alone(cp: Any, dim: int) -> None:
     """Where dQ is summed in the order of arrival, everything else is still the same and dQ within its last bits."""
     inputs = _inputs(cp, length=700, heads=4, dim=dim, dtype="bfloat16")
-    *same, dq, dk, dv = _forward_backward(*inputs, causal=True)
+    *same, dq, dk, dv = _forward_backward(*inputs, causal=True, deterministic=False)
     largest = float(cp.abs(dq.astype(np.float32)).max())
     for _ in range(1000):
         *results, dq_again, dk_again, dv_again = _forward_backward(*inputs, causal=True, deterministic=False)
