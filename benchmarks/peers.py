@@ -27,7 +27,7 @@ BURST_SECONDS = 0.01  # of work behind one timing: long against the cost of a la
 
 
 class Cell(NamedTuple):
-    """One problem of the grid: TOKENS tokens in sequences of `length` (one sequence where it is longer), HIDDEN wide."""
+    """One problem of the grid: TOKENS tokens in sequences of `length`, or one that is longer, HIDDEN wide."""
 
     head_dim: int
     length: int

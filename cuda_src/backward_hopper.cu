@@ -49,21 +49,27 @@ struct Layout : Barriers {
     }
 };
 
-// One warp for each warpgroup: its piece of dQ of every step is added to the sum in global memory.
+// The number of a step's piece of dQ.
+__device__ __forceinline__ long long piece_of(const Params& p, const Work& work, const Steps& steps, int warpgroup) {
+    const long long pair = static_cast<long long>(work.sequence.batch) * p.heads + steps.head;
+    return (pair * p.q_tiles + steps.tile) * GROUPS + warpgroup;
+}
+
+// One warp for each warpgroup: its piece of dQ of every step is added to the sum in global memory. With
+// SPEC.deterministic that waits until the tiles of keys before this one have added theirs; whether they have is asked
+// ahead, while the piece before is on its way.
 __device__ __forceinline__ void add_dq(const Params& p, const Layout& smem, int warpgroup) {
     const bool leader = threadIdx.x % 32 == 0;
     for (int i = 0; i < DQ_SLOTS; ++i) named_barrier_arrive(DQ_EMPTY + dq_slot(i, warpgroup), 160);
     int slot = 0;
     for_each_tile<false>(p, smem, [&](const Work& work, const Band& band, Steps steps) {
-        for (; steps.more(); steps.advance()) {
-            const long long tile =
-                (static_cast<long long>(work.sequence.batch) * p.heads + steps.head) * p.q_tiles + steps.tile;
-            const long long piece = tile * GROUPS + warpgroup;
-            if (SPEC.deterministic && leader) {  // the tiles of keys before this one have added theirs
+        int turn = -1;
+        while (steps.more()) {
+            const long long piece = piece_of(p, work, steps, warpgroup);
+            if (SPEC.deterministic && leader) {
                 const int q_first = steps.tile * R, q_last = min(q_first + R, band.q_len) - 1;
-                const int turn = work.tile - band.kv_tiles(q_first, q_last).first;
-                while (load_acquire(p.dq_turns + piece) != turn) {
-                }
+                const int own_turn = work.tile - band.kv_tiles(q_first, q_last).first;
+                while (turn != own_turn) turn = load_relaxed(p.dq_turns + piece);
             }
             __syncwarp();
             named_barrier_wait(DQ_FULL + dq_slot(slot, warpgroup), 160);
@@ -74,11 +80,13 @@ __device__ __forceinline__ void add_dq(const Params& p, const Layout& smem, int 
             }
             __syncwarp();
             named_barrier_arrive(DQ_EMPTY + dq_slot(slot, warpgroup), 160);
+            slot = (slot + 1) % DQ_SLOTS;
+            steps.advance();
             if (SPEC.deterministic && leader) {
+                turn = steps.more() ? load_relaxed(p.dq_turns + piece_of(p, work, steps, warpgroup)) : -1;
                 bulk_wait();
                 add_release(p.dq_turns + piece, 1);
             }
-            slot = (slot + 1) % DQ_SLOTS;
         }
     });
     if (leader) bulk_wait();

@@ -82,10 +82,11 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// Counters in global memory that order what thread blocks do.
-__device__ __forceinline__ int load_acquire(const int* counter) {
+// Counters in global memory that order what thread blocks do: the one that comes after reads no data of the others, it
+// only issues its copies once it has seen the counter.
+__device__ __forceinline__ int load_relaxed(const int* counter) {
     int value;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
     return value;
 }
 
