@@ -167,17 +167,20 @@ def _hopper_forward_tile(spec: Spec, vector: int) -> Tile:
     # Narrow heads have registers for three warpgroups of 160 each, which hide more: 64 + 32 + 32.
     groups = 3 if max(spec.head_dim, spec.head_dim_v) <= 64 and not long else 2
     for cols in range(_HOPPER_FORWARD_COLS[_whole_panels(spec.head_dim_v)][long], 0, -16):
-        tile = Tile(
-            rows=64 * groups,
-            cols=cols,
-            stages=2,
-            warps=4 + 4 * groups,
-            blocks=1,
-            vector=vector,
-            p_sets=1 if groups == 3 or long else 2,
-        )
-        if shared_bytes("forward_hopper", spec, tile) <= SHARED_MEMORY[900]:
-            return tile
+        # Room for the next task's Q too, as far as shared memory allows.
+        for q_slots in range(2 * groups, groups - 1, -1):
+            tile = Tile(
+                rows=64 * groups,
+                cols=cols,
+                stages=2,
+                warps=4 + 4 * groups,
+                blocks=1,
+                vector=vector,
+                p_sets=1 if groups == 3 or long else 2,
+                q_slots=q_slots,
+            )
+            if shared_bytes("forward_hopper", spec, tile) <= SHARED_MEMORY[900]:
+                return tile
     raise UnsupportedError(f"no tile of forward_hopper fits: {spec}")
 
 
@@ -217,10 +220,10 @@ def _portable_tile(kernel: str, spec: Spec, path: int, vector: int, shared_limit
 def shared_bytes(kernel: str, spec: Spec, tile: Tile) -> int:
     """Dynamic shared memory of a kernel, in bytes: the sums at the top of its source."""
     element_bytes = 4 if spec.dtype == "float32" else 2
-    if kernel == "forward_hopper":  # whole panels, and two barriers for Q and four a stage
+    if kernel == "forward_hopper":  # whole panels; two barriers and a task for each slot of Q, four barriers a stage
         dim, dim_v = _whole_panels(spec.head_dim), _whole_panels(spec.head_dim_v)
-        tiles = tile.rows * dim + tile.stages * tile.cols * (dim + dim_v)
-        return tiles * element_bytes + 16 + 32 * tile.stages
+        tiles = tile.q_slots * 64 * dim + tile.stages * tile.cols * (dim + dim_v)
+        return tiles * element_bytes + 32 * tile.q_slots + 32 * tile.stages
     if kernel == "backward_hopper_dq":  # likewise, with dO beside Q; one stage of V where the head is wide
         v_stages = 1 if spec.head_dim > 128 else tile.stages
         q_elements = tile.rows * (spec.head_dim + spec.head_dim_v)

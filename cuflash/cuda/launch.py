@@ -246,15 +246,19 @@ def _prepare(
         if blocks:
             section_heads = _section_heads(name, problem, device, q_tiles)
             params = _params(problem, kernel.tile, named, q_tiles, section_heads, accumulate)
-            mapped = tuple((_ARRAYS.index(array), getattr(kernel.tile, side)) for array, side in _MAPPED.get(name, ()))
+            mapped = tuple(
+                (_ARRAYS.index(array), side if isinstance(side, int) else getattr(kernel.tile, side))
+                for array, side in _MAPPED.get(name, ())
+            )
             launches.append(_Launch(kernel, blocks, params, mapped, {}))
     return _Prepared(launches, sum_size, turns_size)
 
 
-# The arrays that a kernel loads by tensor maps, in the order of its arguments, and the side of its tile they follow.
+# The arrays that a kernel loads by tensor maps, in the order of its arguments, and the side of its tile they follow, or
+# the rows of a copy.
 _OPERANDS = (("q", "rows"), ("k", "cols"), ("v", "cols"))
-_MAPPED = {
-    "forward_hopper": _OPERANDS,
+_MAPPED: dict[str, tuple[tuple[str, str | int], ...]] = {
+    "forward_hopper": (("q", 64), *_OPERANDS[1:]),
     "backward_hopper": (*_OPERANDS, ("dout", "rows")),
     "backward_hopper_wide": (*_OPERANDS, ("dout", "rows")),
     "backward_hopper_dq": (*_OPERANDS, ("dout", "rows")),
