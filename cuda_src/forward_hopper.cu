@@ -86,12 +86,31 @@ __device__ __forceinline__ TileRange tiles_of_task(const Band& band, int q_first
 }
 
 // The tasks of this thread block, in order: `use(task)`. There is at least one.
+//
+// Under a mask the tiles of a head differ. Either there is a block for each, the longest first; or, with a smaller
+// grid, they are worked on in pairs: the last of a head with its first, the one before with the second and so on, so
+// that all pairs have as much to do. (Of an odd number of tiles the last has no partner, and is as long as the pairs.)
 template <typename Use>
 __device__ __forceinline__ void for_each_task(const Params& p, Use use) {
-    const int items = p.q_tiles * p.heads * p.batch;
+    const int heads = p.heads * p.batch, pairs = ceil_div(p.q_tiles, 2);
+    const bool paired = (SPEC.bounded_left || SPEC.bounded_right) && gridDim.x < p.q_tiles * heads;
+    const int items = (paired ? pairs : p.q_tiles) * heads;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const Work work = find_work<TILE.rows, false>(p, item, p.q_tiles, p.heads);
-        use(Task{work.tile * TILE.rows, work.head, work.sequence.batch});
+        for (int partner = 0; partner < (paired ? 2 : 1); ++partner) {
+            Task task;
+            if (paired) {
+                const int head = item / pairs, pair = item - head * pairs;
+                const int tile = partner == 0 ? p.q_tiles - 1 - pair : pair - p.q_tiles % 2;
+                if (tile < 0) continue;
+                task.batch = head / p.heads;
+                task.head = head - task.batch * p.heads;
+                task.q_first = tile * TILE.rows;
+            } else {
+                const Work work = find_work<TILE.rows, false>(p, item, p.q_tiles, p.heads);
+                task = Task{work.tile * TILE.rows, work.head, work.sequence.batch};
+            }
+            use(task);
+        }
     }
 }
 
