@@ -79,8 +79,8 @@ __device__ __forceinline__ Sequence sequence_of(const Params& p, int batch) {
 }
 
 // The tiles of keys of a task. Where its queries have no keys it is one beyond the last: zeros, all masked.
-__device__ __forceinline__ TileRange tiles_of_task(const Band& band, int q_first) {
-    const TileRange tiles = band.kv_tiles(q_first, min(q_first + TILE.rows, band.q_len) - 1);
+__device__ __forceinline__ TileRange tiles_of_task(const Params& p, const Band& band, int q_first) {
+    const TileRange tiles = band.kv_tiles(q_first, min(q_first + TILE.rows, p.q_len) - 1);
     const int beyond = ceil_div(band.kv_len, TILE.cols);
     return tiles.first < tiles.last ? tiles : TileRange{beyond, beyond + 1};
 }
@@ -163,7 +163,7 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map,
     constexpr int FREE_SLOTS = TILE.q_slots - GROUPS;
     for_each_task(p, [&](const Task& task) {
         const Band band(p, sequence_of(p, task.batch));
-        const TileRange tiles = tiles_of_task(band, task.q_first);
+        const TileRange tiles = tiles_of_task(p, band, task.q_first);
         for (int tile = tiles.first; tile < tiles.last; ++tile) {
             if (tile == tiles.first) {
                 for (int warpgroup = 0; warpgroup < FREE_SLOTS; ++warpgroup) load_Q(task, warpgroup);
@@ -364,12 +364,13 @@ struct Slots {
 // One warpgroup: 64 rows of every task.
 __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int warpgroup) {
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 - 64;  // the warp's first row of a task
-    const Band band(p, sequence_of(p, 0));
+    Band band(p, sequence_of(p, 0));
+    band.q_len = 1 << 30;  // rows beyond the tensor are zeros and are not stored: no need to mask them
     Slots q_slot{warpgroup};
     Ring<> ring;
     barrier_wait(smem.Q_full(q_slot.slot), q_slot.parity);
     Task task = load_task(smem.task(q_slot.slot));
-    TileRange tiles = tiles_of_task(band, task.q_first);
+    TileRange tiles = tiles_of_task(p, band, task.q_first);
     int tile = tiles.first;
     Scores scores(p, task.batch, task.head, band.offset);
     Softmax softmax;
@@ -447,7 +448,7 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
             finished = task;
             finish_softmax(p, finished, warp_row, softmax, scale);
             task = next;
-            tiles = tiles_of_task(band, task.q_first);
+            tiles = tiles_of_task(p, band, task.q_first);
             tile = tiles.first - 1;
             scores = Scores(p, task.batch, task.head, band.offset);
             softmax.restart();
