@@ -361,6 +361,24 @@ struct Slots {
     }
 };
 
+// The warpgroups issue their products in turn, so that one's softmax runs under the products of the others. The turn is
+// a named barrier of each warpgroup: it waits there, and the one before it arrives.
+struct Turn {
+    int warpgroup;
+
+    __device__ __forceinline__ void start() const {
+        if (TILE.turns && warpgroup == GROUPS - 1) pass();
+    }
+
+    __device__ __forceinline__ void take() const {
+        if constexpr (TILE.turns) named_barrier_wait(1 + warpgroup, 256);
+    }
+
+    __device__ __forceinline__ void pass() const {
+        if constexpr (TILE.turns) named_barrier_arrive(1 + (warpgroup + 1) % GROUPS, 256);
+    }
+};
+
 // One warpgroup: 64 rows of every task.
 __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int warpgroup) {
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 - 64;  // the warp's first row of a task
@@ -420,6 +438,8 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
     softmax.add(sum);
     pack_into(P_even);
 
+    const Turn turn{warpgroup};
+    turn.start();
     Task finished{NONE, 0, 0};  // the task before, whose O is complete in its registers, but not written
     float scale[2];             // the factors of that O
     while (true) {
@@ -435,8 +455,10 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
         }
         ring.advance();
         if (next.q_first != NONE) barrier_wait(smem.K_full(ring.stage), ring.parity);
+        turn.take();
         wgmma_fence();
         issue_scores(S, smem.Q(q_slot.slot), smem.K(ring.stage));  // after the last task of anything: nobody looks at S
+        turn.pass();
         if (first && finished.q_first != NONE) {
             store_output(p, finished, warp_row, scale, O);
             finished.q_first = NONE;
@@ -475,10 +497,12 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
             ring.advance();
             ++tile;
             barrier_wait(smem.K_full(ring.stage), ring.parity);
+            turn.take();
             wgmma_fence();
             issue_scores(S, smem.Q(q_slot.slot), smem.K(ring.stage));
             barrier_wait(smem.V_full(before.stage), before.parity);
             issue_output(O, P_previous, smem.V(before.stage), true);
+            turn.pass();
             wgmma_wait<1>();
             pin(S);
             release_scores();

@@ -178,6 +178,7 @@ def _hopper_forward_tile(spec: Spec, vector: int) -> Tile:
                 vector=vector,
                 p_sets=1 if groups == 3 or long else 2,
                 q_slots=q_slots,
+                turns=groups == 3,
             )
             if shared_bytes("forward_hopper", spec, tile) <= SHARED_MEMORY[900]:
                 return tile
