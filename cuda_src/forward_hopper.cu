@@ -34,8 +34,13 @@ constexpr bool RAW_SCORES = !SPEC.softcap && !SPEC.alibi;
 constexpr bool LONG_SCORE_STAGE = !RAW_SCORES || SPEC.dropout;  // which needs registers of its own
 // How far (in log2) scores may grow past m before m follows: P stays below 2^8.
 constexpr float RESCALE_THRESHOLD = 8.0f;
-// The largest sum of a lane's part of a row of P for which P counts as in range (also of float16).
-constexpr float LARGEST_SUM = 4096.0f;
+// In the steady state nobody looks for the row maximum: m stays, and the row sums tell whether P is in range. P goes to
+// a second set of registers, which leaves S for the case that it is not; or, where registers do not suffice for that,
+// to the place of S, which is then computed again.
+constexpr bool KEEPS_M = !LONG_SCORE_STAGE, IN_PLACE = KEEPS_M && TILE.p_sets == 1;
+// The largest sum of a lane's part of a row of P that counts as in range: of float16, or of the exponents that bfloat16
+// shares with float32, with room for V.
+constexpr float LARGEST_SUM = IN_PLACE && SPEC.dtype == Dtype::bfloat16 ? 0x1p30f : 0x1p12f;
 
 // Where everything lies in shared memory. Q has slots of 64 rows, the part of one warpgroup, each with the task it
 // belongs to; K and V have TILE.stages stages.
@@ -505,12 +510,13 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
             turn.pass();
             wgmma_wait<1>();
             pin(S);
-            release_scores();
+            if constexpr (!IN_PLACE) release_scores();
             finish();
-            bool grown = false;
-            if constexpr (TILE.p_sets == 2) {
-                // Another set of registers takes P while the product reads the previous one, so S is still there if
-                // the exponentials turn out to need a new m: in the steady state nobody looks for the maximum.
+            bool grown = false, fits = true;
+            if constexpr (IN_PLACE) {
+                softmax.exponentials(S, sum, in_place);
+                fits = named_barrier_all(1 + GROUPS + warpgroup, 128, softmax.in_range(sum));
+            } else if constexpr (KEEPS_M) {
                 auto into_P = [&](int n, const float (&x)[4]) { pack_tile(P, n, x); };
                 softmax.exponentials(S, sum, into_P);
                 if (!softmax.in_range(sum)) {
@@ -521,11 +527,23 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
                 grown = softmax.follow(S, RESCALE_THRESHOLD, rescale);
                 softmax.exponentials(S, sum, in_place);
             }
-            softmax.add(sum);
             wgmma_wait<0>();
             pin(O);
             pin(P_previous);
             if (lane == 0) barrier_arrive(smem.V_empty(before.stage));
+            if constexpr (IN_PLACE) {
+                if (!fits) {  // the product takes the whole warpgroup, so it decided together
+                    wgmma_fence();
+                    issue_scores(S, smem.Q(q_slot.slot), smem.K(ring.stage));
+                    wgmma_wait<0>();
+                    pin(S);
+                    finish();
+                    grown = softmax.follow(S, 0.0f, rescale);
+                    softmax.exponentials(S, sum, in_place);
+                }
+                release_scores();
+            }
+            softmax.add(sum);
             if (grown) rescale_output();
             if constexpr (TILE.p_sets == 1) pack_into(P);
         };

@@ -172,7 +172,7 @@ def _hopper_forward_tile(spec: Spec, vector: int) -> Tile:
             tile = Tile(
                 rows=64 * groups,
                 cols=cols,
-                stages=2,
+                stages=3 if groups == 3 else 2,  # where K is kept until P is known to be in range
                 warps=4 + 4 * groups,
                 blocks=1,
                 vector=vector,
