@@ -512,37 +512,34 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
             pin(S);
             if constexpr (!IN_PLACE) release_scores();
             finish();
-            bool grown = false, fits = true;
-            if constexpr (IN_PLACE) {
-                softmax.exponentials(S, sum, in_place);
-                fits = named_barrier_all(1 + GROUPS + warpgroup, 128, softmax.in_range(sum));
-            } else if constexpr (KEEPS_M) {
-                auto into_P = [&](int n, const float (&x)[4]) { pack_tile(P, n, x); };
-                softmax.exponentials(S, sum, into_P);
-                if (!softmax.in_range(sum)) {
-                    grown = softmax.follow(S, 0.0f, rescale);
-                    softmax.exponentials(S, sum, into_P);
+            auto exponentials = [&] {
+                if constexpr (TILE.p_sets == 2) {
+                    softmax.exponentials(S, sum, [&](int n, const float (&x)[4]) { pack_tile(P, n, x); });
+                } else {
+                    softmax.exponentials(S, sum, in_place);
                 }
-            } else {
-                grown = softmax.follow(S, RESCALE_THRESHOLD, rescale);
-                softmax.exponentials(S, sum, in_place);
-            }
+            };
+            bool grown = false, fits = true;
+            if constexpr (!KEEPS_M) grown = softmax.follow(S, RESCALE_THRESHOLD, rescale);
+            exponentials();
+            if constexpr (KEEPS_M) fits = softmax.in_range(sum);
+            if constexpr (IN_PLACE) fits = named_barrier_all(1 + GROUPS + warpgroup, 128, fits);
             wgmma_wait<0>();
             pin(O);
             pin(P_previous);
             if (lane == 0) barrier_arrive(smem.V_empty(before.stage));
-            if constexpr (IN_PLACE) {
-                if (!fits) {  // the product takes the whole warpgroup, so it decided together
+            if (!fits) {
+                if constexpr (IN_PLACE) {  // the product takes the whole warpgroup, so it decided together
                     wgmma_fence();
                     issue_scores(S, smem.Q(q_slot.slot), smem.K(ring.stage));
                     wgmma_wait<0>();
                     pin(S);
                     finish();
-                    grown = softmax.follow(S, 0.0f, rescale);
-                    softmax.exponentials(S, sum, in_place);
                 }
-                release_scores();
+                grown = softmax.follow(S, 0.0f, rescale);
+                exponentials();
             }
+            if constexpr (IN_PLACE) release_scores();
             softmax.add(sum);
             if (grown) rescale_output();
             if constexpr (TILE.p_sets == 1) pack_into(P);
