@@ -95,12 +95,15 @@ __device__ __forceinline__ TileRange tiles_of_task(const Params& p, const Band& 
 // Under a mask the tiles of a head differ. Either there is a block for each, the longest first; or, with a smaller
 // grid, they are worked on in pairs: the last of a head with its first, the one before with the second and so on, so
 // that all pairs have as much to do. (Of an odd number of tiles the last has no partner, and is as long as the pairs.)
+// A block's place moves on from round to round, since what is left of differences has the period of a head.
 template <typename Use>
 __device__ __forceinline__ void for_each_task(const Params& p, Use use) {
     const int heads = p.heads * p.batch, pairs = ceil_div(p.q_tiles, 2);
     const bool paired = (SPEC.bounded_left || SPEC.bounded_right) && gridDim.x < p.q_tiles * heads;
     const int items = (paired ? pairs : p.q_tiles) * heads;
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    for (int round = 0; round < ceil_div(items, gridDim.x); ++round) {
+        const int item = round * gridDim.x + (blockIdx.x + round) % gridDim.x;
+        if (item >= items) break;
         for (int partner = 0; partner < (paired ? 2 : 1); ++partner) {
             Task task;
             if (paired) {
