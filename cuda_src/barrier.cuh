@@ -68,6 +68,17 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The same with a vote of those that wait, all of them: whether all say yes.
+__device__ __forceinline__ bool named_barrier_all(int id, int threads, bool yes) {
+    int all;
+    asm volatile(
+        "{ .reg .pred p, q; setp.ne.b32 p, %3, 0; barrier.cta.red.and.pred q, %1, %2, p; selp.b32 %0, 1, 0, q; }"
+        : "=r"(all)
+        : "r"(id), "r"(threads), "r"(static_cast<int>(yes))
+        : "memory");
+    return all != 0;
+}
+
 // What this thread wrote to shared memory is seen by TMA and wgmma of those whom it tells by a barrier.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

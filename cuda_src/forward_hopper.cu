@@ -1,9 +1,13 @@
 // Forward attention for sm_90a with TMA and wgmma: O = softmax(S) V, S = scale Q K^T, and LSE, by online softmax.
 //
-// A thread block works on tiles of TILE.rows queries of one head. Warpgroup 0 produces: one thread issues the copies of
-// Q, K and V tiles. Each other warpgroup owns 64 rows and keeps its part of S, P and O in registers. Within a
-// warpgroup the products of the next scores S_j = Q K_j^T and of O += P_{j-1} V_{j-1} run while the softmax of S_j
-// waits for the first of them alone; between warpgroups one's softmax runs under the other's products.
+// A thread block works on tasks, tiles of TILE.rows queries of one head. Warpgroup 0 produces: one thread chooses the
+// tasks and issues the copies of their Q, K and V tiles, ahead of the others also from one task to the next. Each other
+// warpgroup owns 64 rows and keeps its part of S, P and O in registers. Within a warpgroup the products of the next
+// scores S_j = Q K_j^T and of O += P_{j-1} V_{j-1} run while the softmax of S_j waits for the first of them alone;
+// between warpgroups one's softmax runs under the other's products.
+//
+// The tiles of keys of all tasks are one stream: the first scores of a task are issued before the last output of the
+// task before, whose O is written under the task's second scores.
 #include "barrier.cuh"
 #include "copy.cuh"
 #include "dropout.cuh"
@@ -15,13 +19,14 @@
 
 // Head dimensions in whole panels of 64 columns; columns beyond the tensors' are zeros.
 constexpr int D = round_up(SPEC.head_dim, 64), DV = round_up(SPEC.head_dim_v, 64);
-constexpr int GROUPS = TILE.warps / 4 - 1;                            // warpgroups that compute
-constexpr int N = TILE.cols / 8;                                      // accumulator tiles across S
-constexpr int N_OUT = DV / 8;                                         // and across O
-constexpr int Q_PANEL = TILE.rows * 128, KV_PANEL = TILE.cols * 128;  // bytes of 64 columns
+constexpr int GROUPS = TILE.warps / 4 - 1;                     // warpgroups that compute
+constexpr int N = TILE.cols / 8;                               // accumulator tiles across S
+constexpr int N_OUT = DV / 8;                                  // and across O
+constexpr int Q_PANEL = 64 * 128, KV_PANEL = TILE.cols * 128;  // bytes of 64 columns
 constexpr int Q_BYTES = D / 64 * Q_PANEL, K_BYTES = D / 64 * KV_PANEL, V_BYTES = DV / 64 * KV_PANEL;
 constexpr int PRODUCER_REGISTERS = GROUPS == 3 ? 32 : 24, MATH_REGISTERS = GROUPS == 3 ? 160 : 240;
 static_assert(!SPEC.dropout || TILE.p_sets == 1);
+static_assert(TILE.q_slots >= GROUPS && TILE.q_slots <= 2 * GROUPS);
 static_assert(TILE.rows == 64 * GROUPS && TILE.cols % 16 == 0);
 
 // Without softcap and ALiBi S stays as the product gives it, and the scale joins the subtraction of the maximum.
@@ -29,58 +34,149 @@ constexpr bool RAW_SCORES = !SPEC.softcap && !SPEC.alibi;
 constexpr bool LONG_SCORE_STAGE = !RAW_SCORES || SPEC.dropout;  // which needs registers of its own
 // How far (in log2) scores may grow past m before m follows: P stays below 2^8.
 constexpr float RESCALE_THRESHOLD = 8.0f;
-// The largest sum of a lane's part of a row of P for which P counts as in range (also of float16).
-constexpr float LARGEST_SUM = 4096.0f;
+// In the steady state nobody looks for the row maximum: m stays, and the row sums tell whether P is in range. P goes to
+// a second set of registers, which leaves S for the case that it is not; or, where registers do not suffice for that,
+// to the place of S, which is then computed again.
+constexpr bool KEEPS_M = !LONG_SCORE_STAGE, IN_PLACE = KEEPS_M && TILE.p_sets == 1;
+// The largest sum of a lane's part of a row of P that counts as in range: of float16, or of the exponents that bfloat16
+// shares with float32, with room for V.
+constexpr float LARGEST_SUM = IN_PLACE && SPEC.dtype == Dtype::bfloat16 ? 0x1p30f : 0x1p12f;
 
-// Where everything lies in shared memory.
+// Where everything lies in shared memory. Q has slots of 64 rows, the part of one warpgroup, each with the task it
+// belongs to; K and V have TILE.stages stages.
 struct Layout {
-    unsigned int Q, K, V, barriers;
+    unsigned int start;
 
-    __device__ __forceinline__ explicit Layout(unsigned int start)
-        : Q(start), K(Q + Q_BYTES), V(K + TILE.stages * K_BYTES), barriers(V + TILE.stages * V_BYTES) {}
-
-    __device__ __forceinline__ unsigned int Q_full() const { return barriers; }
-    __device__ __forceinline__ unsigned int Q_empty() const { return barriers + 8; }
-    __device__ __forceinline__ unsigned int K_full(int stage) const { return barriers + 16 + 32 * stage; }
-    __device__ __forceinline__ unsigned int K_empty(int stage) const { return barriers + 24 + 32 * stage; }
-    __device__ __forceinline__ unsigned int V_full(int stage) const { return barriers + 32 + 32 * stage; }
-    __device__ __forceinline__ unsigned int V_empty(int stage) const { return barriers + 40 + 32 * stage; }
+    __device__ __forceinline__ unsigned int Q(int slot) const { return start + slot * Q_BYTES; }
+    __device__ __forceinline__ unsigned int K(int stage) const { return Q(TILE.q_slots) + stage * K_BYTES; }
+    __device__ __forceinline__ unsigned int V(int stage) const { return K(TILE.stages) + stage * V_BYTES; }
+    __device__ __forceinline__ unsigned int task(int slot) const { return V(TILE.stages) + 16 * slot; }
+    __device__ __forceinline__ unsigned int Q_full(int slot) const { return task(TILE.q_slots) + 16 * slot; }
+    __device__ __forceinline__ unsigned int Q_empty(int slot) const { return Q_full(slot) + 8; }
+    __device__ __forceinline__ unsigned int K_full(int stage) const { return Q_full(TILE.q_slots) + 32 * stage; }
+    __device__ __forceinline__ unsigned int K_empty(int stage) const { return K_full(stage) + 8; }
+    __device__ __forceinline__ unsigned int V_full(int stage) const { return K_full(stage) + 16; }
+    __device__ __forceinline__ unsigned int V_empty(int stage) const { return K_full(stage) + 24; }
 };
 
-__device__ __forceinline__ TileRange tiles_of_work(const Band& band, int q_first, int q_len) {
-    return band.kv_tiles(q_first, min(q_first + TILE.rows, q_len) - 1);
+// A tile of queries of one head.
+struct Task {
+    int q_first;  // its first row; NONE after the last task
+    int head, batch;
+};
+constexpr int NONE = -1;
+
+__device__ __forceinline__ void store_task(unsigned int task_smem, const Task& task) {
+    store_shared(task_smem, task.q_first, task.head, task.batch, 0);
 }
 
-// One thread: the copies of all work, in the order the consumers need them.
-__device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map, const TensorMap& K_map,
-                                        const TensorMap& V_map, const Layout& smem, int blocks) {
-    Ring ring;
-    unsigned int q_parity = 0;
-    for (int round = 0; round < ceil_div(blocks, gridDim.x); ++round) {
-        const int block = work_of_round(round);
-        if (block >= blocks) break;
-        const Work work = find_work<TILE.rows, false>(p, block, p.q_tiles, p.heads);
-        const int q_first = work.tile * TILE.rows, kv_head = work.head / p.group, batch = work.sequence.batch;
-        const TileRange tiles = tiles_of_work(Band(p, work.sequence), q_first, work.sequence.q_len);
-        if (tiles.first == tiles.last) continue;
+__device__ __forceinline__ Task load_task(unsigned int task_smem) {
+    unsigned int word[4];
+    load_shared(word, task_smem);  // the shuffles tell the compiler that all lanes have the same
+    return Task{static_cast<int>(__shfl_sync(0xFFFFFFFF, word[0], 0)),
+                static_cast<int>(__shfl_sync(0xFFFFFFFF, word[1], 0)),
+                static_cast<int>(__shfl_sync(0xFFFFFFFF, word[2], 0))};
+}
 
-        barrier_wait(smem.Q_empty(), q_parity ^ 1);
-        barrier_expect(smem.Q_full(), Q_BYTES);
-        load_panels<SPEC.head_dim, Q_PANEL>(smem.Q, Q_map, smem.Q_full(), q_first, work.head, batch, EVICT_FIRST);
-        q_parity ^= 1;
-        for (int tile = tiles.first; tile < tiles.last; ++tile) {
-            const int stage = ring.stage, kv_first = tile * TILE.cols;
-            barrier_wait(smem.K_empty(stage), ring.parity ^ 1);
-            barrier_expect(smem.K_full(stage), K_BYTES);
-            load_panels<SPEC.head_dim, KV_PANEL>(smem.K + stage * K_BYTES, K_map, smem.K_full(stage), kv_first, kv_head,
-                                                 batch, EVICT_LAST);
-            barrier_wait(smem.V_empty(stage), ring.parity ^ 1);
-            barrier_expect(smem.V_full(stage), V_BYTES);
-            load_panels<SPEC.head_dim_v, KV_PANEL>(smem.V + stage * V_BYTES, V_map, smem.V_full(stage), kv_first,
-                                                   kv_head, batch, EVICT_LAST);
-            ring.advance();
+// Nothing is packed here: every sequence has all rows.
+__device__ __forceinline__ Sequence sequence_of(const Params& p, int batch) {
+    return Sequence{batch, batch, 0, 0, p.q_len, p.kv_len};
+}
+
+// The tiles of keys of a task. Where its queries have no keys it is one beyond the last: zeros, all masked.
+__device__ __forceinline__ TileRange tiles_of_task(const Params& p, const Band& band, int q_first) {
+    const TileRange tiles = band.kv_tiles(q_first, min(q_first + TILE.rows, p.q_len) - 1);
+    const int beyond = ceil_div(band.kv_len, TILE.cols);
+    return tiles.first < tiles.last ? tiles : TileRange{beyond, beyond + 1};
+}
+
+// The tasks of this thread block, in order: `use(task)`. There is at least one.
+//
+// Under a mask the tiles of a head differ. Either there is a block for each, the longest first; or, with a smaller
+// grid, they are worked on in pairs: the last of a head with its first, the one before with the second and so on, so
+// that all pairs have as much to do. (Of an odd number of tiles the last has no partner, and is as long as the pairs.)
+// A block's place moves on from round to round, since what is left of differences has the period of a head.
+template <typename Use>
+__device__ __forceinline__ void for_each_task(const Params& p, Use use) {
+    const int heads = p.heads * p.batch, pairs = ceil_div(p.q_tiles, 2);
+    const bool paired = (SPEC.bounded_left || SPEC.bounded_right) && gridDim.x < p.q_tiles * heads;
+    const int items = (paired ? pairs : p.q_tiles) * heads;
+    for (int round = 0; round < ceil_div(items, gridDim.x); ++round) {
+        const int item = round * gridDim.x + (blockIdx.x + round) % gridDim.x;
+        if (item >= items) break;
+        for (int partner = 0; partner < (paired ? 2 : 1); ++partner) {
+            Task task;
+            if (paired) {
+                const int head = item / pairs, pair = item - head * pairs;
+                const int tile = partner == 0 ? p.q_tiles - 1 - pair : pair - p.q_tiles % 2;
+                if (tile < 0) continue;
+                task.batch = head / p.heads;
+                task.head = head - task.batch * p.heads;
+                task.q_first = tile * TILE.rows;
+            } else {
+                const Work work = find_work<TILE.rows, false>(p, item, p.q_tiles, p.heads);
+                task = Task{work.tile * TILE.rows, work.head, work.sequence.batch};
+            }
+            use(task);
         }
     }
+}
+
+// One thread: the copies of all tasks, in the order the consumers need them: K one tile before V, and Q as soon as it
+// has a slot.
+__device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map, const TensorMap& K_map,
+                                        const TensorMap& V_map, const Layout& smem) {
+    Ring<TILE.q_slots> q_ring;
+    Ring<> k_ring, v_ring;
+    int v_first = NONE, v_head = 0, v_batch = 0;  // the tile of V whose turn is next
+
+    auto load_Q = [&](const Task& task, int warpgroup) {
+        const int slot = q_ring.stage;
+        barrier_wait(smem.Q_empty(slot), q_ring.parity ^ 1);
+        store_task(smem.task(slot), task);
+        if (task.q_first == NONE) {
+            barrier_arrive(smem.Q_full(slot));
+        } else {
+            barrier_expect(smem.Q_full(slot), Q_BYTES);
+            load_panels<SPEC.head_dim, Q_PANEL>(smem.Q(slot), Q_map, smem.Q_full(slot), task.q_first + 64 * warpgroup,
+                                                task.head, task.batch, EVICT_FIRST);
+        }
+        q_ring.advance();
+    };
+    auto load_V = [&] {
+        if (v_first == NONE) return;
+        const int stage = v_ring.stage;
+        barrier_wait(smem.V_empty(stage), v_ring.parity ^ 1);
+        barrier_expect(smem.V_full(stage), V_BYTES);
+        load_panels<SPEC.head_dim_v, KV_PANEL>(smem.V(stage), V_map, smem.V_full(stage), v_first, v_head, v_batch,
+                                               EVICT_LAST);
+        v_ring.advance();
+    };
+
+    // Slots that the task before does not use are loaded before its last V, the others wait for its last scores.
+    constexpr int FREE_SLOTS = TILE.q_slots - GROUPS;
+    for_each_task(p, [&](const Task& task) {
+        const Band band(p, sequence_of(p, task.batch));
+        const TileRange tiles = tiles_of_task(p, band, task.q_first);
+        for (int tile = tiles.first; tile < tiles.last; ++tile) {
+            if (tile == tiles.first) {
+                for (int warpgroup = 0; warpgroup < FREE_SLOTS; ++warpgroup) load_Q(task, warpgroup);
+            }
+            const int stage = k_ring.stage, kv_head = task.head / p.group;
+            barrier_wait(smem.K_empty(stage), k_ring.parity ^ 1);
+            barrier_expect(smem.K_full(stage), K_BYTES);
+            load_panels<SPEC.head_dim, KV_PANEL>(smem.K(stage), K_map, smem.K_full(stage), tile * TILE.cols, kv_head,
+                                                 task.batch, EVICT_LAST);
+            k_ring.advance();
+            load_V();
+            v_first = tile * TILE.cols, v_head = kv_head, v_batch = task.batch;
+            if (tile == tiles.first) {
+                for (int warpgroup = FREE_SLOTS; warpgroup < GROUPS; ++warpgroup) load_Q(task, warpgroup);
+            }
+        }
+    });
+    load_V();
+    for (int warpgroup = 0; warpgroup < GROUPS; ++warpgroup) load_Q(Task{NONE, 0, 0}, warpgroup);
 }
 
 // The state of the online softmax of this lane's two rows.
@@ -91,6 +187,12 @@ struct Softmax {
     float m[2] = {MINUS_INFINITY, MINUS_INFINITY};  // the point exponentials refer to, in the units of S
     float l[2] = {0.0f, 0.0f};                      // row sums of P, this lane's columns
     float factor;                                   // from the units of S to log2
+
+    // For other rows; the factor stays.
+    __device__ __forceinline__ void restart() {
+        m[0] = m[1] = MINUS_INFINITY;
+        l[0] = l[1] = 0.0f;
+    }
 
     // Move m to the row maximum if for some row of the warp it is `threshold` (in log2) below. Then O must be
     // multiplied by `rescale`.
@@ -149,17 +251,16 @@ struct Softmax {
     }
 };
 
-// Softcap, ALiBi and mask of a tile of scores of one warp.
-__device__ __forceinline__ void finish_scores(float (&S)[N][4], const Scores& scores, const Band& band, int q_first,
-                                              int kv_first, int warp_row) {
-    const bool cut = band.cuts(q_first, 64, kv_first, TILE.cols);
+// Softcap, ALiBi and, where it cuts the tile, the mask of a tile of scores of one warp.
+__device__ __forceinline__ void finish_scores(float (&S)[N][4], const Scores& scores, const Band& band, bool cut,
+                                              int q_first, int kv_first) {
     if (RAW_SCORES && !cut) return;
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-            const int q_index = q_first + warp_row + lane / 4 + r / 2 * 8;
+            const int q_index = q_first + lane / 4 + r / 2 * 8;
             const int kv_index = kv_first + 8 * n + lane % 4 * 2 + r % 2;
             float derivative;
             if constexpr (!RAW_SCORES) S[n][r] = scores.exponent(S[n][r], q_index, kv_index, derivative);
@@ -217,157 +318,249 @@ __device__ __forceinline__ void issue_output(float (&O)[N_OUT][4], unsigned int 
     wgmma_commit();
 }
 
-// O / l and LSE of the 16 rows of one warp, from row `first` of the sequence on.
-__device__ __forceinline__ void finish_rows(const Params& p, const Work& work, int first, const Softmax& softmax,
-                                            const float (&O)[N_OUT][4]) {
-    const Sequence& sequence = work.sequence;
-    const int lane = threadIdx.x % 32, rows = sequence.q_len - first;  // that exist, of these 16 and those below
-    const long long row = sequence.q_start + first;
-    float* lse_gmem = statistic_rows(p.lse, sequence.batch, row, work.head);
-    float scale[2];
+// LSE of the 16 rows of one warp, from row `row` of the task on, and the factors 1 / l of O.
+__device__ __forceinline__ void finish_softmax(const Params& p, const Task& task, int row, const Softmax& softmax,
+                                               float (&scale)[2]) {
+    const Sequence sequence = sequence_of(p, task.batch);
+    const int lane = threadIdx.x % 32, first = task.q_first + row;
+    float* lse_gmem = statistic_rows(p.lse, task.batch, first, task.head);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float lse;
-        scale[half] = finish_row(p, sequence, work.head, softmax.m[half] * softmax.factor, softmax.l[half], lse);
+        scale[half] = finish_row(p, sequence, task.head, softmax.m[half] * softmax.factor, softmax.l[half], lse);
         const int i = lane / 4 + 8 * half;
-        if (lane % 4 == 0 && i < rows) lse_gmem[i] = lse;
+        if (lane % 4 == 0 && i < sequence.q_len - first) lse_gmem[i] = lse;
     }
-    Element* O_gmem = head_rows(p.out, sequence.batch, row, work.head);
-    store_accumulators<SPEC.head_dim_v>(O_gmem, p.out.row_stride, rows, 0, O, scale, false);
 }
 
-// One warpgroup: 64 rows of every tile of work.
-__device__ __forceinline__ void attend(const Params& p, const Layout& smem, int blocks, int warpgroup) {
-    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 % 4 * 16;
-    const unsigned int Q_smem = smem.Q + warpgroup * 64 * 128;
-    Ring ring;
-    unsigned int q_parity = 0;
-    for (int round = 0; round < ceil_div(blocks, gridDim.x); ++round) {
-        const int block = work_of_round(round);
-        if (block >= blocks) break;
-        const Work work = find_work<TILE.rows, false>(p, block, p.q_tiles, p.heads);
-        const Sequence& sequence = work.sequence;
-        const int q_tile = work.tile * TILE.rows, q_first = q_tile + warpgroup * 64, head = work.head;
-        const Band band(p, sequence);
-        const TileRange tiles = tiles_of_work(band, q_tile, sequence.q_len);
-        const Scores scores(p, sequence.index, head, band.offset);
-        const Dropout dropout(p, sequence.index, head);
-        Softmax softmax;
-        softmax.factor = RAW_SCORES ? scores.factor : 1.0f;
-        if (tiles.first == tiles.last) {
-            // Not the O below: two places that define it would need two sets of registers.
-            const float zeros[N_OUT][4] = {};
-            finish_rows(p, work, q_first + warp_row, softmax, zeros);
-            continue;
-        }
-        float O[N_OUT][4];
-        float S[N][4];
-        // P of tiles first, first + 2, ... and of those between; one set of registers for both if TILE.p_sets is 1
-        unsigned int P_even[N / 2][4], P_other[N / 2][4];
-        auto in_place = [&](int n, const float (&p)[4]) {
-#pragma unroll
-            for (int r = 0; r < 4; ++r) S[n][r] = p[r];
-        };
-        auto& P_odd = TILE.p_sets == 2 ? P_other : P_even;
-        float rescale[2], sum[2];
-        barrier_wait(smem.Q_full(), q_parity);
-        q_parity ^= 1;
+// O / l of these rows.
+__device__ __forceinline__ void store_output(const Params& p, const Task& task, int row, const float (&scale)[2],
+                                             const float (&O)[N_OUT][4]) {
+    const int first = task.q_first + row;
+    Element* O_gmem = head_rows(p.out, task.batch, first, task.head);
+    store_accumulators<SPEC.head_dim_v>(O_gmem, p.out.row_stride, p.q_len - first, 0, O, scale, false);
+}
 
-        // P_first
-        barrier_wait(smem.K_full(ring.stage), ring.parity);
-        wgmma_fence();
-        issue_scores(S, Q_smem, smem.K + ring.stage * K_BYTES);
-        wgmma_wait<0>();
-        pin(S);
+// The slots of Q that one warpgroup takes in turn.
+struct Slots {
+    int slot;
+    unsigned int parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        slot += GROUPS;
+        if (slot >= TILE.q_slots) {
+            slot -= TILE.q_slots;
+            parity ^= 1;
+        }
+    }
+};
+
+// The warpgroups issue their products in turn, so that one's softmax runs under the products of the others. The turn is
+// a named barrier of each warpgroup: it waits there, and the one before it arrives.
+struct Turn {
+    int warpgroup;
+
+    __device__ __forceinline__ void start() const {
+        if (TILE.turns && warpgroup == GROUPS - 1) pass();
+    }
+
+    __device__ __forceinline__ void take() const {
+        if constexpr (TILE.turns) named_barrier_wait(1 + warpgroup, 256);
+    }
+
+    __device__ __forceinline__ void pass() const {
+        if constexpr (TILE.turns) named_barrier_arrive(1 + (warpgroup + 1) % GROUPS, 256);
+    }
+};
+
+// One warpgroup: 64 rows of every task.
+__device__ __forceinline__ void attend(const Params& p, const Layout& smem, int warpgroup) {
+    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 - 64;  // the warp's first row of a task
+    Band band(p, sequence_of(p, 0));
+    band.q_len = 1 << 30;  // rows beyond the tensor are zeros and are not stored: no need to mask them
+    Slots q_slot{warpgroup};
+    Ring<> ring;
+    barrier_wait(smem.Q_full(q_slot.slot), q_slot.parity);
+    Task task = load_task(smem.task(q_slot.slot));
+    TileRange tiles = tiles_of_task(p, band, task.q_first);
+    int tile = tiles.first;
+    Scores scores(p, task.batch, task.head, band.offset);
+    Softmax softmax;
+    softmax.factor = RAW_SCORES ? scores.factor : 1.0f;
+    float O[N_OUT][4];
+    float S[N][4];
+    // P of every other tile of a task, counted from its last, and of those between; one set of registers for both if
+    // TILE.p_sets is 1
+    unsigned int P_even[N / 2][4], P_other[N / 2][4];
+    auto& P_odd = TILE.p_sets == 2 ? P_other : P_even;
+    float rescale[2], sum[2];
+    auto in_place = [&](int n, const float (&x)[4]) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) S[n][r] = x[r];
+    };
+    // S is there: K is no longer needed, nor is Q after the last tile.
+    auto release_scores = [&] {
         if (lane == 0) barrier_arrive(smem.K_empty(ring.stage));
-        finish_scores(S, scores, band, q_first, tiles.first * TILE.cols, warp_row);
-        softmax.follow(S, 0.0f, rescale);
+        if (lane == 0 && tile + 1 == tiles.last) barrier_arrive(smem.Q_empty(q_slot.slot));
+    };
+    auto finish = [&] {
+        const bool cut = band.cuts(task.q_first + warpgroup * 64, 64, tile * TILE.cols, TILE.cols);
+        finish_scores(S, scores, band, cut, task.q_first + warp_row, tile * TILE.cols);
+    };
+    auto pack_into = [&](unsigned int (&P)[N / 2][4]) {
+        const Dropout dropout(p, task.batch, task.head);
+        pack_all(P, S, dropout, task.q_first + warp_row, tile * TILE.cols);
+    };
+    auto rescale_output = [&] {
+#pragma unroll
+        for (int n = 0; n < N_OUT; ++n) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) O[n][r] *= rescale[r / 2];
+        }
+    };
+
+    // P_first of the first task
+    barrier_wait(smem.K_full(ring.stage), ring.parity);
+    wgmma_fence();
+    issue_scores(S, smem.Q(q_slot.slot), smem.K(ring.stage));
+    wgmma_wait<0>();
+    pin(S);
+    release_scores();
+    finish();
+    softmax.follow(S, 0.0f, rescale);
+    softmax.exponentials(S, sum, in_place);
+    softmax.add(sum);
+    pack_into(P_even);
+
+    const Turn turn{warpgroup};
+    turn.start();
+    Task finished{NONE, 0, 0};  // the task before, whose O is complete in its registers, but not written
+    float scale[2];             // the factors of that O
+    while (true) {
+        // The step to the second tile of a task, and from its last tile to the first of the next task: which of them
+        // may be there is not known, so this step can do both.
+        const Ring<> previous = ring;
+        const bool first = tile == tiles.first, crosses = tile + 1 == tiles.last;
+        Task next = task;
+        if (crosses) {
+            q_slot.advance();
+            barrier_wait(smem.Q_full(q_slot.slot), q_slot.parity);
+            next = load_task(smem.task(q_slot.slot));
+        }
+        ring.advance();
+        if (next.q_first != NONE) barrier_wait(smem.K_full(ring.stage), ring.parity);
+        turn.take();
+        wgmma_fence();
+        issue_scores(S, smem.Q(q_slot.slot), smem.K(ring.stage));  // after the last task of anything: nobody looks at S
+        turn.pass();
+        if (first && finished.q_first != NONE) {
+            store_output(p, finished, warp_row, scale, O);
+            finished.q_first = NONE;
+        }
+        barrier_wait(smem.V_full(previous.stage), previous.parity);
+        wgmma_fence();
+        issue_output(O, P_even, smem.V(previous.stage), !first);
+        if (crosses) {
+            finished = task;
+            finish_softmax(p, finished, warp_row, softmax, scale);
+            task = next;
+            tiles = tiles_of_task(p, band, task.q_first);
+            tile = tiles.first - 1;
+            scores = Scores(p, task.batch, task.head, band.offset);
+            softmax.restart();
+        }
+        ++tile;
+        wgmma_wait<1>();
+        pin(S);
+        release_scores();
+        finish();
+        const bool moved = softmax.follow(S, crosses ? 0.0f : RESCALE_THRESHOLD, rescale);
         softmax.exponentials(S, sum, in_place);
         softmax.add(sum);
-        pack_all(P_even, S, dropout, q_first + warp_row, tiles.first * TILE.cols);
+        wgmma_wait<0>();
+        pin(O);
+        pin(P_even);
+        if (lane == 0) barrier_arrive(smem.V_empty(previous.stage));
+        if (moved && !crosses) rescale_output();
+        if (task.q_first == NONE) break;
+        pack_into(P_even);
 
         // P_tile, while O += P_{tile - 1} V_{tile - 1}
-        auto advance = [&](int tile, unsigned int (&P_previous)[N / 2][4], unsigned int (&P)[N / 2][4]) {
-            const Ring previous = ring;
+        auto advance = [&](unsigned int (&P_previous)[N / 2][4], unsigned int (&P)[N / 2][4]) {
+            const Ring<> before = ring;
             ring.advance();
+            ++tile;
             barrier_wait(smem.K_full(ring.stage), ring.parity);
+            turn.take();
             wgmma_fence();
-            issue_scores(S, Q_smem, smem.K + ring.stage * K_BYTES);
-            barrier_wait(smem.V_full(previous.stage), previous.parity);
-            issue_output(O, P_previous, smem.V + previous.stage * V_BYTES, tile > tiles.first + 1);
+            issue_scores(S, smem.Q(q_slot.slot), smem.K(ring.stage));
+            barrier_wait(smem.V_full(before.stage), before.parity);
+            issue_output(O, P_previous, smem.V(before.stage), true);
+            turn.pass();
             wgmma_wait<1>();
             pin(S);
-            if (lane == 0) barrier_arrive(smem.K_empty(ring.stage));
-            finish_scores(S, scores, band, q_first, tile * TILE.cols, warp_row);
-            bool moved = false;
-            if constexpr (TILE.p_sets == 2) {
-                // Another set of registers takes P while the product reads the previous one, so S is still there if
-                // the exponentials turn out to need a new m: in the steady state nobody looks for the maximum.
-                auto into_P = [&](int n, const float (&p)[4]) { pack_tile(P, n, p); };
-                softmax.exponentials(S, sum, into_P);
-                if (!softmax.in_range(sum)) {
-                    moved = softmax.follow(S, 0.0f, rescale);
-                    softmax.exponentials(S, sum, into_P);
+            if constexpr (!IN_PLACE) release_scores();
+            finish();
+            auto exponentials = [&] {
+                if constexpr (TILE.p_sets == 2) {
+                    softmax.exponentials(S, sum, [&](int n, const float (&x)[4]) { pack_tile(P, n, x); });
+                } else {
+                    softmax.exponentials(S, sum, in_place);
                 }
-            } else {
-                moved = softmax.follow(S, RESCALE_THRESHOLD, rescale);
-                softmax.exponentials(S, sum, in_place);
-            }
-            softmax.add(sum);
+            };
+            bool grown = false, fits = true;
+            if constexpr (!KEEPS_M) grown = softmax.follow(S, RESCALE_THRESHOLD, rescale);
+            exponentials();
+            if constexpr (KEEPS_M) fits = softmax.in_range(sum);
+            if constexpr (IN_PLACE) fits = named_barrier_all(1 + GROUPS + warpgroup, 128, fits);
             wgmma_wait<0>();
             pin(O);
             pin(P_previous);
-            if (lane == 0) barrier_arrive(smem.V_empty(previous.stage));
-            if (moved) {
-#pragma unroll
-                for (int n = 0; n < N_OUT; ++n) {
-#pragma unroll
-                    for (int r = 0; r < 4; ++r) O[n][r] *= rescale[r / 2];
+            if (lane == 0) barrier_arrive(smem.V_empty(before.stage));
+            if (!fits) {
+                if constexpr (IN_PLACE) {  // the product takes the whole warpgroup, so it decided together
+                    wgmma_fence();
+                    issue_scores(S, smem.Q(q_slot.slot), smem.K(ring.stage));
+                    wgmma_wait<0>();
+                    pin(S);
+                    finish();
+                }
+                grown = softmax.follow(S, 0.0f, rescale);
+                exponentials();
+            }
+            if constexpr (IN_PLACE) release_scores();
+            softmax.add(sum);
+            if (grown) rescale_output();
+            if constexpr (TILE.p_sets == 1) pack_into(P);
+        };
+        // The other tiles of the task: an even number of them, so that the last P is in P_even.
+        const int steps = crosses ? 0 : tiles.last - 1 - tile;
+        if constexpr (TILE.p_sets == 2) {
+            if (steps % 2 == 0) {
+#pragma unroll 1
+                for (int pair = 0; pair < steps / 2; ++pair) {
+                    advance(P_even, P_odd);
+                    advance(P_odd, P_even);
                 }
             }
-            if constexpr (TILE.p_sets == 1) {
-                pack_all(P, S, dropout, q_first + warp_row, tile * TILE.cols);
-            }
-        };
-        int tile = tiles.first + 1;
-#pragma unroll 1
-        for (; tile + 1 < tiles.last; tile += 2) {
-            advance(tile, P_even, P_odd);
-            advance(tile + 1, P_odd, P_even);
-        }
-        const bool one_more = tile < tiles.last;
-        if (one_more) advance(tile, P_even, P_odd);
-        if (lane == 0) barrier_arrive(smem.Q_empty());
-
-        // The last O += P V
-        barrier_wait(smem.V_full(ring.stage), ring.parity);
-        wgmma_fence();
-        if (one_more) {
-            issue_output(O, P_odd, smem.V + ring.stage * V_BYTES, true);
-            wgmma_wait<0>();
-            pin(O);
-            pin(P_odd);
         } else {
-            issue_output(O, P_even, smem.V + ring.stage * V_BYTES, tiles.last - tiles.first > 1);
-            wgmma_wait<0>();
-            pin(O);
-            pin(P_even);
+#pragma unroll 1
+            for (int step = 0; step < steps; ++step) advance(P_even, P_even);
         }
-        if (lane == 0) barrier_arrive(smem.V_empty(ring.stage));
-        ring.advance();
-        finish_rows(p, work, q_first + warp_row, softmax, O);
     }
+    store_output(p, finished, warp_row, scale, O);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     forward_hopper(const __grid_constant__ Params p, const __grid_constant__ TensorMap Q_map,
                    const __grid_constant__ TensorMap K_map, const __grid_constant__ TensorMap V_map) {
     extern __shared__ __align__(1024) unsigned char smem_start[];
-    const Layout smem(shared_address(smem_start));
-    const int blocks = p.q_tiles * p.heads * p.batch;
+    const Layout smem{shared_address(smem_start)};
     if (threadIdx.x == 0) {
-        barrier_init(smem.Q_full(), 1);
-        barrier_init(smem.Q_empty(), 4 * GROUPS);
+        for (int slot = 0; slot < TILE.q_slots; ++slot) {
+            barrier_init(smem.Q_full(slot), 1);
+            barrier_init(smem.Q_empty(slot), 4);
+        }
         for (int stage = 0; stage < TILE.stages; ++stage) {
             barrier_init(smem.K_full(stage), 1);
             barrier_init(smem.K_empty(stage), 4 * GROUPS);
@@ -382,9 +575,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
     if (warpgroup == 0) {
         release_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0) produce(p, Q_map, K_map, V_map, smem, blocks);
+        if (threadIdx.x == 0) produce(p, Q_map, K_map, V_map, smem);
     } else {
         take_registers<MATH_REGISTERS>();
-        attend(p, smem, blocks, warpgroup - 1);
+        attend(p, smem, warpgroup - 1);
     }
 }

@@ -96,9 +96,3 @@ __device__ __forceinline__ TileRange tiles_of(int start, int stop, int length, i
     const unsigned int rows = tile_rows;  // unsigned: a shift where the tile is a power of two
     return TileRange{static_cast<int>(start / rows), static_cast<int>((stop + rows - 1) / rows)};
 }
-
-// Number `round` of a thread block's share of the work. Rounds alternate in direction: where the work of a round falls
-// from its first item to its last, the sums of two rounds are equal.
-__device__ __forceinline__ int work_of_round(int round) {
-    return round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-}

@@ -25,10 +25,12 @@ struct Tile {
     int cols;    // keys a tile
     int stages;  // tiles in flight
     int warps;
-    int split;   // warps that share rows and divide the head dimension of the accumulators
-    int blocks;  // thread blocks that must fit on a multiprocessor: bounds the registers; 0 leaves it to the compiler
-    int p_sets;  // register sets of P in the Hopper forward: with two the steady state needs no row maximum
-    int vector;  // bytes one copy instruction moves: 16, or the size of an element where alignment allows no more
+    int split;    // warps that share rows and divide the head dimension of the accumulators
+    int blocks;   // thread blocks that must fit on a multiprocessor: bounds the registers; 0 leaves it to the compiler
+    int p_sets;   // register sets of P in the Hopper forward: with two the steady state needs no row maximum
+    int q_slots;  // pieces of 64 rows of Q in shared memory of the Hopper forward
+    bool turns;   // the warpgroups of the Hopper forward issue their products in turn
+    int vector;   // bytes one copy instruction moves: 16, or the size of an element where alignment allows no more
 };
 
 #include "variant.cuh"

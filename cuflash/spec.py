@@ -65,6 +65,8 @@ class Tile:
         0  # thread blocks that must fit on a multiprocessor: bounds the registers; 0 leaves it to the compiler
     )
     p_sets: int = 1  # register sets of P in the Hopper forward: with two the steady state needs no row maximum
+    q_slots: int = 0  # pieces of 64 rows of Q in shared memory of the Hopper forward
+    turns: bool = False  # the warpgroups of the Hopper forward issue their products in turn
     vector: int = 16  # bytes one copy instruction moves: 16, or an element's where alignment allows no more
 
     def render(self) -> str:

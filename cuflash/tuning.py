@@ -179,17 +179,21 @@ def _hopper_forward_tile(spec: Spec, vector: int) -> Tile:
     # Narrow heads have registers for three warpgroups of 160 each, which hide more: 64 + 32 + 32.
     groups = 3 if max(spec.head_dim, spec.head_dim_v) <= 64 and not long else 2
     for cols in range(_HOPPER_FORWARD_COLS[_whole_panels(spec.head_dim_v)][long], 0, -16):
-        tile = Tile(
-            rows=64 * groups,
-            cols=cols,
-            stages=2,
-            warps=4 + 4 * groups,
-            blocks=1,
-            vector=vector,
-            p_sets=1 if groups == 3 or long else 2,
-        )
-        if shared_bytes("forward_hopper", spec, tile) <= SHARED_MEMORY[900]:
-            return tile
+        # Room for the next task's Q too, as far as shared memory allows.
+        for q_slots in range(2 * groups, groups - 1, -1):
+            tile = Tile(
+                rows=64 * groups,
+                cols=cols,
+                stages=3 if groups == 3 else 2,  # where K is kept until P is known to be in range
+                warps=4 + 4 * groups,
+                blocks=1,
+                vector=vector,
+                p_sets=1 if groups == 3 or long else 2,
+                q_slots=q_slots,
+                turns=groups == 3,
+            )
+            if shared_bytes("forward_hopper", spec, tile) <= SHARED_MEMORY[900]:
+                return tile
     raise UnsupportedError(f"no tile of forward_hopper fits: {spec}")
 
 
@@ -230,10 +234,10 @@ def shared_bytes(kernel: str, spec: Spec, tile: Tile) -> int:
     """Dynamic shared memory of a kernel, in bytes: the sums at the top of its source."""
     element_bytes = 4 if spec.dtype == "float32" else 2
     dim, dim_v = _whole_panels(spec.head_dim), _whole_panels(spec.head_dim_v)  # of the Hopper kernels
-    if kernel == "forward_hopper":  # and two barriers for Q and four a stage
-        tiles = tile.rows * dim + tile.stages * tile.cols * (dim + dim_v)
-        return tiles * element_bytes + 16 + 32 * tile.stages
-    if kernel == "backward_hopper_dq":  # likewise, with dO beside Q; one stage of V where the head is wide
+    if kernel == "forward_hopper":  # two barriers and a task for each slot of Q, four barriers a stage
+        tiles = tile.q_slots * 64 * dim + tile.stages * tile.cols * (dim + dim_v)
+        return tiles * element_bytes + 32 * tile.q_slots + 32 * tile.stages
+    if kernel == "backward_hopper_dq":  # Q and dO; one stage of V where the head is wide
         v_stages = 1 if dim > 128 else tile.stages
         tiles = tile.rows * (dim + dim_v) + tile.cols * (tile.stages * dim + v_stages * dim_v)
         return tiles * element_bytes + 16 + 32 * tile.stages

@@ -34,6 +34,7 @@ _UNBOUNDED = 2**30 - 1024  # a mask's bound beyond every position
 _MAX_BLOCKS = 2**31 - 1
 _TICKETS = 2  # counters behind D
 _SECTION_BYTES = 2**25  # of the L2 cache
+_PAIRED_TILES = 64  # of a head, up to which the Hopper forward works on them in pairs under a mask
 _SHARED_SIZE_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 # struct Params of cuda_src/params.cuh: arrays are a pointer and strides, then the scalars, all naturally aligned.
@@ -246,15 +247,19 @@ def _prepare(
         if blocks:
             section_heads = _section_heads(name, problem, device, q_tiles)
             params = _params(problem, kernel.tile, named, q_tiles, section_heads, accumulate)
-            mapped = tuple((_ARRAYS.index(array), getattr(kernel.tile, side)) for array, side in _MAPPED.get(name, ()))
+            mapped = tuple(
+                (_ARRAYS.index(array), side if isinstance(side, int) else getattr(kernel.tile, side))
+                for array, side in _MAPPED.get(name, ())
+            )
             launches.append(_Launch(kernel, blocks, params, mapped, {}))
     return _Prepared(launches, sum_size, turns_size)
 
 
-# The arrays that a kernel loads by tensor maps, in the order of its arguments, and the side of its tile they follow.
+# The arrays that a kernel loads by tensor maps, in the order of its arguments, and the side of its tile they follow, or
+# the rows of a copy.
 _OPERANDS = (("q", "rows"), ("k", "cols"), ("v", "cols"))
-_MAPPED = {
-    "forward_hopper": _OPERANDS,
+_MAPPED: dict[str, tuple[tuple[str, str | int], ...]] = {
+    "forward_hopper": (("q", 64), *_OPERANDS[1:]),
     "backward_hopper": (*_OPERANDS, ("dout", "rows")),
     "backward_hopper_wide": (*_OPERANDS, ("dout", "rows")),
     "backward_hopper_dq": (*_OPERANDS, ("dout", "rows")),
@@ -334,15 +339,20 @@ def _tiles(problem: Problem, length: int, rows: int) -> int:
 def _blocks(name: str, problem: Problem, tile: Tile, device: int, q_tiles: int) -> int:
     """Thread blocks of a kernel's grid."""
     batch = 1 if problem.spec.packed else problem.batch  # packed sequences share one range of tiles
-    q_blocks = q_tiles * problem.heads * batch
+    heads = problem.heads * batch
+    q_blocks = q_tiles * heads
     kv_blocks = _tiles(problem, problem.kv_len, tile.cols) * problem.kv_heads * batch
     uneven = problem.spec.bounded_left or problem.spec.bounded_right
 
     counts: dict[str, Callable[[], int]] = {
         "forward_portable": lambda: q_blocks,
-        # Equal tiles, or few a head: each multiprocessor loops over its share. Many unequal ones: a block each, so
-        # that a multiprocessor that is done takes the next.
-        "forward_hopper": lambda: q_blocks if uneven and q_tiles > 8 else min(q_blocks, _multiprocessors(device)),
+        # Equal tiles, or equal pairs of tiles of which there are enough: each multiprocessor loops over its share. Few
+        # or very long tiles under a mask: a block each, so that a multiprocessor that is done takes the next.
+        "forward_hopper": lambda: (
+            q_blocks
+            if uneven and (q_tiles > _PAIRED_TILES or (q_tiles + 1) // 2 * heads <= 3 * _multiprocessors(device))
+            else min(q_blocks, _multiprocessors(device))
+        ),
         "backward_prepare": lambda: -(-problem.q_len * batch // tile.rows),
         "backward_sinks": lambda: problem.heads,
         "backward_portable_dkv": lambda: kv_blocks,

@@ -14,6 +14,8 @@ import pytest
 
 import cuflash
 from cuflash import reference
+from tests.contract.cases import Case, make_inputs
+from tests.contract.expected import expected_forward
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20
@@ -161,6 +163,45 @@ def test_the_three_ways_of_dq_agree(cp: Any, dim: int, mask: dict[str, Any]) -> 
         largest = float(cp.abs(x[finite]).max())
         assert float(cp.abs(y - x)[finite].max()) <= 2**-10 * largest  # one float16 next to another
         assert float(cp.abs(z - x)[finite].max()) <= 2**-8 * largest  # dS rounded from another P
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (100, 20)}])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(300, 300), (300, 100), (1100, 1100), (100, 1), (500, 700)])
+def test_tasks_of_a_block_are_as_if_alone(cp: Any, dim: int, q_len: int, kv_len: int, options: dict[str, Any]) -> None:
+    """Many heads, so that a block works on many tiles of queries, against few, where it has one."""
+    heads = 1024 if q_len < 1000 else 512
+    q, k, v = (
+        cp.random.standard_normal((1, length, count, dim), dtype=np.float32).astype(np.float16)
+        for length, count in ((q_len, heads), (kv_len, heads // 2), (kv_len, heads // 2))
+    )
+    out, lse = cuflash.flash_attention(q, k, v, return_lse=True, **options)
+    for first in range(0, heads, 8):
+        own, shared = slice(first, first + 8), slice(first // 2, first // 2 + 4)
+        parts = q[:, :, own].copy(), k[:, :, shared].copy(), v[:, :, shared].copy()
+        _assert_same([out[:, :, own], lse[:, own]], list(cuflash.flash_attention(*parts, return_lse=True, **options)))
+
+
+@pytest.mark.parametrize("growth", ["right", "left", "jump", "nan", "inf"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_scores_that_outgrow_the_first(cp: Any, dim: int, dtype: str, growth: str) -> None:
+    """Exponentials whose reference point was chosen for the first keys of a row."""
+    case = Case(name=f"{growth} {dim}", dtype=dtype, batch=1, q_len=200, kv_len=1500, head_dim=dim, head_dim_v=dim)
+    inputs = make_inputs(case)
+    inputs.q[...] = np.abs(inputs.q)
+    keys = {
+        "right": np.linspace(0, 8, case.kv_len),
+        "left": np.linspace(8, 0, case.kv_len),
+        "jump": np.where(np.arange(case.kv_len) < 1000, -8, 24),  # by far more than 2^127, in one tile of keys
+        "nan": np.where(np.arange(case.kv_len) == 1000, np.nan, 0),
+        "inf": np.where(np.arange(case.kv_len) == 1000, np.inf, 0),
+    }[growth]
+    inputs.k[...] = (inputs.k.astype(np.float64) * 0.1 + keys[:, None, None]).astype(inputs.k.dtype)
+    arrays = (cp.asarray(x) for x in (inputs.q, inputs.k, inputs.v))
+    out, lse = cuflash.flash_attention(*arrays, return_lse=True)
+    for name, actual in (("out", out), ("lse", lse)):
+        expected_forward(case, inputs)[name].check(cp.asnumpy(actual), name)
 
 
 class _Allocations:

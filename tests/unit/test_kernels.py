@@ -190,7 +190,9 @@ def test_shared_memory_sums() -> None:
     assert tuning.shared_bytes("backward_portable_dkv", spec, tile) == expected
     spec = _spec("bfloat16", 136, 72)  # panels of 64 columns: as 192 and 128
     tile = tuning.tile_of("forward_hopper", spec, 900, 16)
-    expected = 2 * (192 * tile.rows + 2 * (192 + 128) * tile.cols) + 16 + 2 * 32
+    # Of the next Q there is room for one warpgroup's half, and a slot has 16 bytes of barriers and 16 of its task.
+    assert (tile.q_slots, tile.rows, tile.cols) == (2, 128, 128)
+    expected = 2 * (192 * 64 * tile.q_slots + 2 * (192 + 128) * tile.cols) + 32 * (tile.q_slots + 2)
     assert tuning.shared_bytes("forward_hopper", spec, tile) == expected
 
 
