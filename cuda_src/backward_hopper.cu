@@ -213,7 +213,7 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
             pin(dK);
             pin(P);
             pin(dS);
-            if (lane == 0) barrier_arrive(smem.empty(ring.stage));
+            give_back(smem, ring.stage);
             ring.advance();
             slot.advance();
             steps.advance();

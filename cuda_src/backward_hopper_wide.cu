@@ -40,7 +40,7 @@ struct Walk {
     }
 
     __device__ __forceinline__ void advance(const Layout& smem) {
-        if (threadIdx.x % 32 == 0) barrier_arrive(smem.empty(ring.stage));
+        give_back(smem, ring.stage);
         ring.advance();
         slot.advance();
     }

@@ -24,6 +24,9 @@ constexpr bool EARLY_P = !SPEC.softcap && !SPEC.dropout;
 // Whether the products subtract LSE and D: one step more of their contraction, of ones and of the statistics in three
 // bfloat16 terms, gives S - LSE / scale and dP - D. float16 has not the range.
 constexpr bool FOLD = EARLY_P && !SPEC.alibi && SPEC.dtype == Dtype::bfloat16;
+// A stage is given back by a lane of each math warp where only products read it, by every thread where all read LSE and
+// D.
+constexpr int EMPTY_ARRIVALS = FOLD ? 8 : 256;
 constexpr float NEVER = 1e30f;  // as the LSE of a row outside the sequence: P = 0
 
 // Deterministic sums of dQ take the tiles of keys in order. Tiles of queries from the last to the first then suit a
@@ -86,7 +89,7 @@ struct Barriers {
             barrier_init(Q_full(stage), 1);
             barrier_init(dO_full(stage), 1);
             barrier_init(statistics_full(stage), 32);
-            barrier_init(empty(stage), 8);
+            barrier_init(empty(stage), EMPTY_ARRIVALS);
         }
         fence_barrier_init();
     }
@@ -112,8 +115,9 @@ __device__ __forceinline__ void for_each_tile(const Params& p, const Barriers& s
             barrier_arrive(smem.next_full());
         } else {
             barrier_wait(smem.next_full(), parity);
-            next = __shfl_sync(0xFFFFFFFF, load_shared_word(smem.next()), 0);  // known to be the same in all lanes
-            if (threadIdx.x % 32 == 0) barrier_arrive(smem.next_empty());
+            const bool leader = threadIdx.x % 32 == 0;
+            next = __shfl_sync(0xFFFFFFFF, leader ? load_shared_word(smem.next()) : 0, 0);
+            if (leader) barrier_arrive(smem.next_empty());
         }
         parity ^= 1;
         block = next;
@@ -200,6 +204,11 @@ __device__ __forceinline__ void load_statistics(const Params& p, const Layout& s
             ring.advance();
         }
     });
+}
+
+// A math warp is done with a stage.
+__device__ __forceinline__ void give_back(const Barriers& smem, int stage) {
+    if (!FOLD || threadIdx.x % 32 == 0) barrier_arrive(smem.empty(stage));
 }
 
 // A step's operands: addresses in shared memory.

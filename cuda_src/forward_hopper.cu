@@ -71,8 +71,8 @@ __device__ __forceinline__ void store_task(unsigned int task_smem, const Task& t
 }
 
 __device__ __forceinline__ Task load_task(unsigned int task_smem) {
-    unsigned int word[4];
-    load_shared(word, task_smem);  // the shuffles tell the compiler that all lanes have the same
+    unsigned int word[4] = {};
+    if (threadIdx.x % 32 == 0) load_shared(word, task_smem);  // by the lane that gives the slot back
     return Task{static_cast<int>(__shfl_sync(0xFFFFFFFF, word[0], 0)),
                 static_cast<int>(__shfl_sync(0xFFFFFFFF, word[1], 0)),
                 static_cast<int>(__shfl_sync(0xFFFFFFFF, word[2], 0))};
