@@ -486,11 +486,14 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
         ++tile;
         wgmma_wait<1>();
         pin(S);
-        release_scores();
-        finish();
-        const bool moved = softmax.follow(S, crosses ? 0.0f : RESCALE_THRESHOLD, rescale);
-        softmax.exponentials(S, sum, in_place);
-        softmax.add(sum);
+        bool moved = false;
+        if (task.q_first != NONE) {
+            release_scores();
+            finish();
+            moved = softmax.follow(S, crosses ? 0.0f : RESCALE_THRESHOLD, rescale);
+            softmax.exponentials(S, sum, in_place);
+            softmax.add(sum);
+        }
         wgmma_wait<0>();
         pin(O);
         pin(P_even);
