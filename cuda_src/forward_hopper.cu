@@ -59,6 +59,18 @@ struct Layout {
     __device__ __forceinline__ unsigned int V_empty(int stage) const { return K_full(stage) + 24; }
 };
 
+// The slot of a warpgroup's part of Q of this block's task number `count`, and the parity of its barriers' phase. Each
+// slot belongs to one warpgroup, the first warpgroups have two in turn: who waits for a phase has seen the one before.
+constexpr int SECOND_SLOTS = TILE.q_slots - GROUPS;
+struct Slot {
+    int index;
+    unsigned int parity;
+
+    __device__ __forceinline__ Slot(int count, int warpgroup)
+        : index(warpgroup + (warpgroup < SECOND_SLOTS ? count % 2 * GROUPS : 0)),
+          parity((warpgroup < SECOND_SLOTS ? count / 2 : count) & 1) {}
+};
+
 // A tile of queries of one head.
 struct Task {
     int q_first;  // its first row; NONE after the last task
@@ -126,13 +138,13 @@ __device__ __forceinline__ void for_each_task(const Params& p, Use use) {
 // has a slot.
 __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map, const TensorMap& K_map,
                                         const TensorMap& V_map, const Layout& smem) {
-    Ring<TILE.q_slots> q_ring;
+    int count = 0;  // of tasks
     Ring<> k_ring, v_ring;
     int v_first = NONE, v_head = 0, v_batch = 0;  // the tile of V whose turn is next
 
     auto load_Q = [&](const Task& task, int warpgroup) {
-        const int slot = q_ring.stage;
-        barrier_wait(smem.Q_empty(slot), q_ring.parity ^ 1);
+        const auto [slot, parity] = Slot(count, warpgroup);
+        barrier_wait(smem.Q_empty(slot), parity ^ 1);
         store_task(smem.task(slot), task);
         if (task.q_first == NONE) {
             barrier_arrive(smem.Q_full(slot));
@@ -141,7 +153,6 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map,
             load_panels<SPEC.head_dim, Q_PANEL>(smem.Q(slot), Q_map, smem.Q_full(slot), task.q_first + 64 * warpgroup,
                                                 task.head, task.batch, EVICT_FIRST);
         }
-        q_ring.advance();
     };
     auto load_V = [&] {
         if (v_first == NONE) return;
@@ -153,14 +164,13 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map,
         v_ring.advance();
     };
 
-    // Slots that the task before does not use are loaded before its last V, the others wait for its last scores.
-    constexpr int FREE_SLOTS = TILE.q_slots - GROUPS;
+    // Warpgroups with a second slot get their Q before the last V of the task before, the others after its last scores.
     for_each_task(p, [&](const Task& task) {
         const Band band(p, sequence_of(p, task.batch));
         const TileRange tiles = tiles_of_task(p, band, task.q_first);
         for (int tile = tiles.first; tile < tiles.last; ++tile) {
             if (tile == tiles.first) {
-                for (int warpgroup = 0; warpgroup < FREE_SLOTS; ++warpgroup) load_Q(task, warpgroup);
+                for (int warpgroup = 0; warpgroup < SECOND_SLOTS; ++warpgroup) load_Q(task, warpgroup);
             }
             const int stage = k_ring.stage, kv_head = task.head / p.group;
             barrier_wait(smem.K_empty(stage), k_ring.parity ^ 1);
@@ -171,9 +181,10 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map,
             load_V();
             v_first = tile * TILE.cols, v_head = kv_head, v_batch = task.batch;
             if (tile == tiles.first) {
-                for (int warpgroup = FREE_SLOTS; warpgroup < GROUPS; ++warpgroup) load_Q(task, warpgroup);
+                for (int warpgroup = SECOND_SLOTS; warpgroup < GROUPS; ++warpgroup) load_Q(task, warpgroup);
             }
         }
+        ++count;
     });
     load_V();
     for (int warpgroup = 0; warpgroup < GROUPS; ++warpgroup) load_Q(Task{NONE, 0, 0}, warpgroup);
@@ -341,20 +352,6 @@ __device__ __forceinline__ void store_output(const Params& p, const Task& task, 
     store_accumulators<SPEC.head_dim_v>(O_gmem, p.out.row_stride, p.q_len - first, 0, O, scale, false);
 }
 
-// The slots of Q that one warpgroup takes in turn.
-struct Slots {
-    int slot;
-    unsigned int parity = 0;
-
-    __device__ __forceinline__ void advance() {
-        slot += GROUPS;
-        if (slot >= TILE.q_slots) {
-            slot -= TILE.q_slots;
-            parity ^= 1;
-        }
-    }
-};
-
 // The warpgroups issue their products in turn, so that one's softmax runs under the products of the others. The turn is
 // a named barrier of each warpgroup: it waits there, and the one before it arrives.
 struct Turn {
@@ -378,10 +375,11 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 - 64;  // the warp's first row of a task
     Band band(p, sequence_of(p, 0));
     band.q_len = 1 << 30;  // rows beyond the tensor are zeros and are not stored: no need to mask them
-    Slots q_slot{warpgroup};
+    int count = 0;         // of tasks
+    Slot q_slot(count, warpgroup);
     Ring<> ring;
-    barrier_wait(smem.Q_full(q_slot.slot), q_slot.parity);
-    Task task = load_task(smem.task(q_slot.slot));
+    barrier_wait(smem.Q_full(q_slot.index), q_slot.parity);
+    Task task = load_task(smem.task(q_slot.index));
     TileRange tiles = tiles_of_task(p, band, task.q_first);
     int tile = tiles.first;
     Scores scores(p, task.batch, task.head, band.offset);
@@ -401,7 +399,7 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
     // S is there: K is no longer needed, nor is Q after the last tile.
     auto release_scores = [&] {
         if (lane == 0) barrier_arrive(smem.K_empty(ring.stage));
-        if (lane == 0 && tile + 1 == tiles.last) barrier_arrive(smem.Q_empty(q_slot.slot));
+        if (lane == 0 && tile + 1 == tiles.last) barrier_arrive(smem.Q_empty(q_slot.index));
     };
     auto finish = [&] {
         const bool cut = band.cuts(task.q_first + warpgroup * 64, 64, tile * TILE.cols, TILE.cols);
@@ -422,7 +420,7 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
     // P_first of the first task
     barrier_wait(smem.K_full(ring.stage), ring.parity);
     wgmma_fence();
-    issue_scores(S, smem.Q(q_slot.slot), smem.K(ring.stage));
+    issue_scores(S, smem.Q(q_slot.index), smem.K(ring.stage));
     wgmma_wait<0>();
     pin(S);
     release_scores();
@@ -443,15 +441,16 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
         const bool first = tile == tiles.first, crosses = tile + 1 == tiles.last;
         Task next = task;
         if (crosses) {
-            q_slot.advance();
-            barrier_wait(smem.Q_full(q_slot.slot), q_slot.parity);
-            next = load_task(smem.task(q_slot.slot));
+            q_slot = Slot(++count, warpgroup);
+            barrier_wait(smem.Q_full(q_slot.index), q_slot.parity);
+            next = load_task(smem.task(q_slot.index));
         }
         ring.advance();
         if (next.q_first != NONE) barrier_wait(smem.K_full(ring.stage), ring.parity);
         turn.take();
         wgmma_fence();
-        issue_scores(S, smem.Q(q_slot.slot), smem.K(ring.stage));  // after the last task of anything: nobody looks at S
+        issue_scores(S, smem.Q(q_slot.index),
+                     smem.K(ring.stage));  // after the last task of anything: nobody looks at S
         turn.pass();
         if (first && finished.q_first != NONE) {
             store_output(p, finished, warp_row, scale, O);
@@ -472,11 +471,14 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
         ++tile;
         wgmma_wait<1>();
         pin(S);
-        release_scores();
-        finish();
-        const bool moved = softmax.follow(S, crosses ? 0.0f : RESCALE_THRESHOLD, rescale);
-        softmax.exponentials(S, sum, in_place);
-        softmax.add(sum);
+        bool moved = false;
+        if (task.q_first != NONE) {
+            release_scores();
+            finish();
+            moved = softmax.follow(S, crosses ? 0.0f : RESCALE_THRESHOLD, rescale);
+            softmax.exponentials(S, sum, in_place);
+            softmax.add(sum);
+        }
         wgmma_wait<0>();
         pin(O);
         pin(P_even);
@@ -493,7 +495,7 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
             barrier_wait(smem.K_full(ring.stage), ring.parity);
             turn.take();
             wgmma_fence();
-            issue_scores(S, smem.Q(q_slot.slot), smem.K(ring.stage));
+            issue_scores(S, smem.Q(q_slot.index), smem.K(ring.stage));
             barrier_wait(smem.V_full(before.stage), before.parity);
             issue_output(O, P_previous, smem.V(before.stage), true);
             turn.pass();
@@ -520,7 +522,7 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
             if (!fits) {
                 if constexpr (IN_PLACE) {  // the product takes the whole warpgroup, so it decided together
                     wgmma_fence();
-                    issue_scores(S, smem.Q(q_slot.slot), smem.K(ring.stage));
+                    issue_scores(S, smem.Q(q_slot.index), smem.K(ring.stage));
                     wgmma_wait<0>();
                     pin(S);
                     finish();
