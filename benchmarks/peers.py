@@ -12,6 +12,7 @@ import json
 import statistics
 from collections.abc import Callable
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,29 +126,27 @@ def main() -> None:
     import torch
 
     device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    record = {
+        "gpu": device,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "cupy": cupy.__version__,
+        "cuflash": cuflash.__version__,
+        "unit": "TFLOP/s",
+        "rows": rows,
+    }
     print(f"{device}, bfloat16, {TOKENS} tokens, hidden {HIDDEN}; TFLOP/s, then cuflash over each peer")
-    for pass_ in arguments.passes:
-        for head_dim in arguments.head_dim:
-            for length in arguments.length:
-                for causal in (False, True):
-                    speed = measure(Cell(head_dim, length, causal), pass_ == "backward")
-                    rows.append({"pass": pass_, "head_dim": head_dim, "length": length, "causal": causal, **speed})
-                    ratios = {name: round(speed["cuflash"] / other, 2) for name, other in speed.items()}
-                    mask = "causal" if causal else "full"
-                    print(pass_, f"d{head_dim}", length, mask, speed, ratios, flush=True)
-    if arguments.json:
-        record = {
-            "gpu": device,
-            "date": datetime.now(timezone.utc).date().isoformat(),
-            "torch": torch.__version__,
-            "cudnn": torch.backends.cudnn.version(),
-            "cupy": cupy.__version__,
-            "cuflash": cuflash.__version__,
-            "unit": "TFLOP/s",
-            "rows": rows,
-        }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for pass_, head_dim, length, causal in product(
+        arguments.passes, arguments.head_dim, arguments.length, (False, True)
+    ):
+        speed = measure(Cell(head_dim, length, causal), pass_ == "backward")
+        rows.append({"pass": pass_, "head_dim": head_dim, "length": length, "causal": causal, **speed})
+        ratios = {name: round(speed["cuflash"] / other, 2) for name, other in speed.items()}
+        print(pass_, f"d{head_dim}", length, "causal" if causal else "full", speed, ratios, flush=True)
+        if arguments.json:  # after every cell, so that an interrupted run leaves what it measured
+            arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ and V in the dtype it is worked in, their gradients, and a few tiles. The produc
 Few numbers: float64. Tiles and sums are float32 (float64 for float64 inputs), and the largest of many errors is then
 about that of any other computation in float32. Of few errors the largest is a matter of luck: another computation may
 even be exact. So a head with few numbers, short or of small head_dim, is worked in float64 and rounded once: no result
-in float32 can be closer. Such a head is small; its forward takes up to twice, its backward up to three times as long.
+in float32 can be closer. Such a head is small; both passes take up to three times as long.
 
 Arrays arrive validated and head-minor: q [batch, q_len, heads, head_dim], or packed [total, heads, head_dim] with the
 boundaries in cu_seqlens. Results are written into arrays given by the caller.
