@@ -95,32 +95,42 @@ struct Barriers {
     }
 };
 
-// The tiles of keys of this thread block, visit(work, band, steps): one by its number, then whatever is next when it
-// is done. The loading thread (LEADER), two steps ahead, takes the numbers and tells the other warps.
+// The number of this thread block's next tile of keys: the loading thread (LEADER) takes it from a counter and tells
+// the other warps. The first tile is that of the block's own number, except where tiles wait for each other
+// (deterministic sums): there the first number is taken too, so that all tiles before a taken one are being worked on
+// by blocks that run, however few of the grid do.
+constexpr bool TAKES_FIRST = SPEC.deterministic;
+
+template <bool LEADER>
+__device__ __forceinline__ int next_tile(const Params& p, const Barriers& smem, unsigned int& parity) {
+    int number;
+    if constexpr (LEADER) {
+        number = (TAKES_FIRST ? 0 : gridDim.x) + atomicAdd(p.tickets, 1);
+        barrier_wait(smem.next_empty(), parity ^ 1);
+        store_shared_word(smem.next(), number);
+        barrier_arrive(smem.next_full());
+    } else {
+        barrier_wait(smem.next_full(), parity);
+        const bool leader = threadIdx.x % 32 == 0;
+        number = __shfl_sync(0xFFFFFFFF, leader ? load_shared_word(smem.next()) : 0, 0);
+        if (leader) barrier_arrive(smem.next_empty());
+    }
+    parity ^= 1;
+    return number;
+}
+
+// The tiles of keys of this thread block, visit(work, band, steps).
 template <bool LEADER, typename Visit>
 __device__ __forceinline__ void for_each_tile(const Params& p, const Barriers& smem, Visit visit) {
     const int kv_heads = p.heads / p.group, blocks = p.kv_tiles * kv_heads * p.batch;
-    int block = blockIdx.x;
     unsigned int parity = 0;
+    int block = TAKES_FIRST ? next_tile<LEADER>(p, smem, parity) : blockIdx.x;
 #pragma unroll 1
     while (block < blocks) {
-        int next;
         const Work work = find_work<TILE.cols, true>(p, block, p.kv_tiles, kv_heads);
         const Band band(p, work.sequence);
         visit(work, band, Steps(work, band, p.group));
-        if constexpr (LEADER) {
-            next = gridDim.x + atomicAdd(p.tickets, 1);
-            barrier_wait(smem.next_empty(), parity ^ 1);
-            store_shared_word(smem.next(), next);
-            barrier_arrive(smem.next_full());
-        } else {
-            barrier_wait(smem.next_full(), parity);
-            const bool leader = threadIdx.x % 32 == 0;
-            next = __shfl_sync(0xFFFFFFFF, leader ? load_shared_word(smem.next()) : 0, 0);
-            if (leader) barrier_arrive(smem.next_empty());
-        }
-        parity ^= 1;
-        block = next;
+        block = next_tile<LEADER>(p, smem, parity);
     }
 }
 

@@ -1,5 +1,5 @@
 // Backward, first step: D = rowsum(dO * O) - dLSE for every query row.
-// Also puts the counters of the kernels that follow to zero. (dS = P * (dP - D): the row sum of the softmax's
+// Also puts the counter of the Hopper kernels to zero. (dS = P * (dP - D): the row sum of the softmax's
 // derivative, and what a gradient of LSE adds to it.)
 //
 // A thread block takes TILE.rows tokens with all their heads, which usually lie one after the other in memory. LANES
@@ -21,7 +21,7 @@ struct alignas(TILE.vector) Piece {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) backward_prepare(const __grid_constant__ Params p) {
-    if (blockIdx.x == 0 && threadIdx.x < 2) p.tickets[threadIdx.x] = 0;
+    if (blockIdx.x == 0 && threadIdx.x == 0) *p.tickets = 0;
     const unsigned int tokens = (SPEC.packed ? 1u : p.batch) * static_cast<unsigned int>(p.q_len);
     const unsigned int first = blockIdx.x * TILE.rows;
     const int heads = p.heads, pairs = min(static_cast<unsigned int>(TILE.rows), tokens - first) * heads;

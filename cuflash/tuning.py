@@ -162,7 +162,8 @@ def has_hopper(spec: Spec, *, backward: bool) -> bool:
 
 def _dq_alone(spec: Spec) -> bool:
     """Whether dQ is left to a kernel of its own, which needs no workspace: lean, or where registers do not suffice."""
-    return spec.lean or spec.softcap or spec.dropout
+    ordered_and_long = spec.deterministic and (spec.bounded_left or spec.alibi)
+    return spec.lean or spec.softcap or spec.dropout or ordered_and_long
 
 
 def _whole_panels(dim: int) -> int:
