@@ -373,7 +373,7 @@ def test_doctor_shows_the_kernel_and_tile_of_common_problems(
         spec = Spec(dtype=dtype, head_dim=dim, head_dim_v=dim, bounded_right=True)
         for backward, name, otherwise in (
             (False, "forward_hopper ", "forward_portable "),
-            (True, "backward_hopper ", "backward_portable_dkv "),
+            (True, "backward_hopper", "backward_portable_dkv "),
         ):
             hopper = cuflash.tuning.has_hopper(spec, backward=backward)
             assert [name in row, otherwise in row] == [hopper, not hopper]
