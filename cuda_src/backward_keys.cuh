@@ -1,8 +1,9 @@
 // What the Hopper kernels of dK and dV share. A thread block keeps a tile of TILE.cols keys of one kv head and steps
 // over the tiles of TILE.rows queries of the heads of its group; everything is transposed, [keys, queries], so that P^T
-// and dS^T are accumulators that become the left operands of dV and dK without leaving registers.
+// and dS^T are accumulators that become the left operands of dV and dK without leaving registers. Then it goes on to
+// the next tile of keys that nobody has taken: Q and dO pass through one ring all the while.
 //
-// A kernel's Layout says where its tiles and barriers lie in shared memory.
+// A kernel's Layout, derived from Barriers, says where its tiles lie in shared memory.
 #pragma once
 #include "backward_stage.cuh"
 #include "barrier.cuh"
