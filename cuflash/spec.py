@@ -67,6 +67,7 @@ class Tile:
     p_sets: int = 1  # register sets of P in the Hopper forward: with two the steady state needs no row maximum
     q_slots: int = 0  # pieces of 64 rows of Q in shared memory of the Hopper forward
     turns: bool = False  # the warpgroups of the Hopper forward issue their products in turn
+    staged: bool = False  # O of the Hopper forward goes to memory through shared memory
     vector: int = 16  # bytes one copy instruction moves: 16, or an element's where alignment allows no more
 
     def render(self) -> str:

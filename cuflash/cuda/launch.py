@@ -259,7 +259,7 @@ def _prepare(
 # the rows of a copy.
 _OPERANDS = (("q", "rows"), ("k", "cols"), ("v", "cols"))
 _MAPPED: dict[str, tuple[tuple[str, str | int], ...]] = {
-    "forward_hopper": (("q", 64), *_OPERANDS[1:]),
+    "forward_hopper": (("q", 64), *_OPERANDS[1:], ("out", 16)),
     "backward_hopper": (*_OPERANDS, ("dout", "rows")),
     "backward_hopper_wide": (*_OPERANDS, ("dout", "rows")),
     "backward_hopper_dq": (*_OPERANDS, ("dout", "rows")),
