@@ -191,7 +191,7 @@ def _hopper_forward_tile(spec: Spec, vector: int) -> Tile:
                 vector=vector,
                 p_sets=1 if groups == 3 or long else 2,
                 q_slots=q_slots,
-                turns=True,
+                turns=groups == 3,
             )
             for choice in (replace(tile, staged=True), tile):
                 if shared_bytes("forward_hopper", spec, choice) <= SHARED_MEMORY[900]:
