@@ -98,6 +98,11 @@ class Problem:
     seed: int
 
     @property
+    def statistics(self) -> int:
+        """Elements of the LSE: one for each query row of each head."""
+        return self.heads * self.q_len * (1 if self.spec.packed else self.batch)
+
+    @property
     def group(self) -> int:
         """Query heads that share one key/value head."""
         return self.heads // self.kv_heads
