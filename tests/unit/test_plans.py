@@ -50,7 +50,7 @@ def test_results_are_new_arrays_in_the_callers_layout() -> None:
 
 
 def test_gradients_look_like_the_inputs_unless_given() -> None:
-    *inputs, sinks, cu_q, cu_k = _inputs()
+    *inputs, _, cu_q, cu_k = _inputs()
     inputs = [*inputs[:3], None, _signature(4), cu_q, cu_k]
     forward = plans.forward(*inputs, *OPTIONS)
     given = _signature(2, 5, 4, 16, dtype="float32")._replace(strides=(640, 128, 32, 1))
