@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -105,15 +106,15 @@ def flash_attention(
     given = (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
     inputs = _operands(plans.INPUTS, given, 3)
     plan: ForwardPlan = plans.forward(
-        *map(_signature, inputs),
+        *[None if array is None else arrays.signature(array) for array in inputs],
         *(causal, window_size, scale, softcap, dropout_p, seed is not None, deterministic, allow_tf32, layout, backend),
     )
     seed = _checked_seed(seed)
-    _check_values(plan, inputs)
-    out, lse = (_empty(plan.backend, result, inputs[0]) for result in (plan.out, plan.lse))
     if plan.backend == "cuda":
-        _launch(plan, (*inputs[:3], out, None, None, None, None, lse, None, None, *inputs[3:]), seed)
+        out, lse = _cuda().forward(plan, inputs, seed)
     else:
+        _check_values(plan, inputs)
+        out, lse = (_empty(result) for result in (plan.out, plan.lse))
         problem, (q_, k_, v_), extras = _for_numpy(plan, inputs, seed)
         numpy_backend.forward(problem, q_, k_, v_, _head_minor(plan, out), lse, extras)
     return (arrays.like(out, q), arrays.like(lse, q)) if return_lse else arrays.like(out, q)
@@ -180,30 +181,26 @@ def flash_attention_backward(
     others = _operands(("dout", "out", "lse", "dlse", "dq", "dk", "dv"), (dout, out, lse, dlse, dq, dk, dv), 3)
     inputs = _operands(plans.INPUTS, (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k), 3)
     plan: BackwardPlan = plans.backward(
-        *map(_signature, (*others, *inputs)),
+        *[None if array is None else arrays.signature(array) for array in (*others, *inputs)],
         *(accumulate, memory, causal, window_size, scale, softcap, dropout_p, seed is not None, deterministic),
         *(allow_tf32, layout, backend),
     )
     seed = _checked_seed(seed)
     dout_, out_, lse_, dlse_, *given = others
     _check_overlap(dict(zip(("dq", "dk", "dv"), given, strict=True)), (dout_, out_, lse_, dlse_, *inputs))
-    _check_values(plan.forward, inputs)
-    targets = [
-        _empty(plan.forward.backend, result, inputs[0]) if array is None else array
-        for result, array in zip(plan.gradients.values(), (*given, None), strict=False)
-    ]
-    dq_, dk_, dv_, dsinks = (*targets, None)[:4]
     if plan.forward.backend == "cuda":
-        q_, k_, v_, *extra = inputs
-        _launch(plan, (q_, k_, v_, out_, dout_, dq_, dk_, dv_, lse_, dlse_, dsinks, *extra), seed)
+        targets = _cuda().backward(plan, (dout_, out_, lse_, dlse_, *inputs), given, seed)
     else:
+        _check_values(plan.forward, inputs)
+        targets = [
+            _empty(result) if array is None else array
+            for result, array in zip(plan.gradients.values(), (*given, None), strict=False)
+        ]
         problem, (q_, k_, v_), extras = _for_numpy(plan.forward, inputs, seed)
-        dout_, out_, dq_, dk_, dv_ = (_head_minor(plan.forward, array) for array in (dout_, out_, dq_, dk_, dv_))
-        numpy_backend.backward(
-            *(problem, dout_, q_, k_, v_, out_, lse_, dlse_, dq_, dk_, dv_, dsinks, extras),
-            accumulate=plan.accumulate,
-            lean=plan.lean,
-        )
+        dout_, out_, dq_, dk_, dv_ = (_head_minor(plan.forward, array) for array in (dout_, out_, *targets[:3]))
+        dsinks = targets[3] if len(targets) > 3 else None
+        arguments = (problem, dout_, q_, k_, v_, out_, lse_, dlse_, dq_, dk_, dv_, dsinks, extras)
+        numpy_backend.backward(*arguments, accumulate=plan.accumulate, lean=plan.lean)
     # Handing arrays to another library comes after the launches: its stream then waits for what they write.
     return tuple(
         arrays.like(target, q) if array is None else array
@@ -212,10 +209,6 @@ def flash_attention_backward(
 
 
 # ---- on the way to a backend -------------------------------------------------------------------------------------
-
-
-def _signature(array: Any) -> Signature | None:
-    return None if array is None else arrays.signature(array)
 
 
 def _operands(names: Sequence[str], given: Sequence[Any], required: int) -> list[Any]:
@@ -252,25 +245,16 @@ def _checked_seed(seed: Any) -> int:
     return int(seed)
 
 
-def _launch(plan: ForwardPlan | BackwardPlan, operands: tuple[Any, ...], seed: int) -> None:
-    """Run on the GPU; the operands in the order of cuflash.cuda.launch.OPERANDS."""
-    pointers = tuple([0 if array is None else array.data.ptr for array in operands])
-    q, k, v, out, dout, dq, dk, dv, *_ = pointers
-    _library("cuda").run(plan.launches((q | k | v | out | dout | dq | dk | dv) % 16 == 0), pointers, seed)
-
-
-def _empty(backend: str, result: Signature, q: Any) -> Any:
-    """A result, allocated as `q` was."""
-    return _library(backend).empty(result.shape, arrays.dtype_of(result.dtype), q)
-
-
-def _library(backend: str) -> Any:
-    """The module of a backend; CuPy is imported by the first call on a GPU."""
-    if backend == "numpy":
-        return numpy_backend
+@lru_cache(maxsize=1)
+def _cuda() -> Any:
+    """The launches; CuPy is imported by the first call on a GPU."""
     from cuflash.cuda import launch
 
     return launch
+
+
+def _empty(result: Signature) -> np.ndarray:
+    return np.empty(result.shape, arrays.dtype_of(result.dtype))
 
 
 def _head_minor(plan: ForwardPlan, array: Any) -> Any:
@@ -286,7 +270,7 @@ def _for_numpy(
 
 def _check_values(plan: ForwardPlan, inputs: Sequence[Any]) -> None:
     """What only the values of arrays on the CPU say."""
-    if plan.problem.spec.packed and plan.backend == "numpy":
+    if plan.problem.spec.packed:
         for name, array, total in (
             ("cu_seqlens_q", inputs[5], plan.problem.q_len),
             ("cu_seqlens_k", inputs[6], plan.problem.kv_len),

@@ -37,6 +37,7 @@ class ForwardPlan:
 
     problem: Problem
     backend: str  # "numpy" or "cuda"
+    device: int  # of a GPU, else -1
     head_major: bool
     inputs: dict[str, Signature | None]  # by INPUTS
     out: Signature
@@ -62,6 +63,10 @@ class BackwardPlan:
     @property
     def problem(self) -> Problem:
         return self.forward.problem
+
+    @property
+    def device(self) -> int:
+        return self.forward.device
 
     @property
     def head_major(self) -> bool:
@@ -92,8 +97,7 @@ def _launches(
             for name, array in arrays.items()
             if array is not None
         }
-        device = int(layouts["q"].device.removeprefix("cuda:"))
-        found = plan._launches[key] = launch.plan(plan.problem, layouts, device, aligned=aligned, **how)
+        found = plan._launches[key] = launch.plan(plan.problem, layouts, plan.device, aligned=aligned, **how)
     return found
 
 
@@ -254,6 +258,7 @@ def forward(
     return ForwardPlan(
         problem=problem,
         backend=_checked_backend(backend, q.device),
+        device=-1 if q.device == "cpu" else int(q.device.removeprefix("cuda:")),
         head_major=head_major,
         inputs=dict(zip(INPUTS, (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k), strict=True)),
         out=contiguous(q._replace(shape=(*q.shape[:-1], head_dim_v))),

@@ -3,12 +3,11 @@
 What a call launches depends on its Problem and on how its arrays lie in memory, and is prepared once as a `Plan`: the
 kernels, compiled at their first use (cuflash.cuda.jit), and their arguments but for the pointers. A Plan is run with
 pointers on any stream, without a synchronisation and without an allocation of its own, whoever the arrays belong to;
-`forward` and `backward` run it on CuPy arrays.
+`forward` and `backward` do so for CuPy arrays.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import struct
@@ -17,15 +16,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cuflash import dropout, tuning
 from cuflash.arrays import Signature, dtype_of
 from cuflash.cuda import jit, tensor_map, toolchain
 from cuflash.errors import UnsupportedError
 from cuflash.spec import Problem, Spec, Tile
+
+if TYPE_CHECKING:
+    from cuflash.plans import BackwardPlan, ForwardPlan
 
 logger = logging.getLogger("cuflash")
 
@@ -116,6 +116,7 @@ class _Launch:
         parts: dict[str, int],
         maps: Sequence[tuple[str, bytes]],
     ) -> None:
+        self.function = kernel.function  # keeps its module loaded
         self.geometry = (kernel.function.ptr, blocks, 1, 1, 32 * kernel.tile.warps, 1, 1, kernel.shared_bytes)
         # Words of struct Params: operands by their place in OPERANDS, parts of the workspace by their offset in it.
         self.places = [(_WORDS[name], i) for i, name in enumerate(OPERANDS) if name in operands]
@@ -124,7 +125,7 @@ class _Launch:
         self._new = lambda: _Arguments(params, [content for _, content in maps])
         self._free: list[_Arguments] = []  # several threads may run a Plan at a time
 
-    def run(self, stream: int, pointers: Sequence[int], workspace: int, seed: int) -> None:
+    def run(self, gpu: _Gpu, stream: int, pointers: Sequence[int], workspace: int, seed: int) -> None:
         arguments = self._free.pop() if self._free else self._new()
         wanted = (pointers, workspace, seed)
         if arguments.filled != wanted:
@@ -137,7 +138,7 @@ class _Launch:
             for i, operand in enumerate(self.mapped):
                 tensor_map.point(arguments.maps[i], pointers[operand])
             arguments.filled = wanted
-        toolchain.import_cupy().cuda.driver.launchKernel(*self.geometry, stream, arguments.address, 0)
+        gpu.launch(*self.geometry, stream, arguments.address, 0)
         self._free.append(arguments)
 
 
@@ -152,33 +153,42 @@ class Plan:
 
     def run(self, stream: int, pointers: Sequence[int], workspace: int = 0, seed: int = 0) -> None:
         """Launch the call on a stream (its handle): `pointers` to OPERANDS, 0 for what the call does not have."""
-        with use_device(self.device):
-            first, last = self._zeroed
-            if last > first:
-                runtime = toolchain.import_cupy().cuda.runtime
-                runtime.memsetAsync(workspace + first, 0, last - first, stream)
-            for launch in self._launches:
-                launch.run(stream, pointers, workspace, seed)
+        gpu = _gpu()
+        if gpu.is_elsewhere(self.device):
+            with gpu.cuda.Device(self.device):
+                self._run(gpu, stream, pointers, workspace, seed)
+        else:
+            self._run(gpu, stream, pointers, workspace, seed)
+
+    def _run(self, gpu: _Gpu, stream: int, pointers: Sequence[int], workspace: int, seed: int) -> None:
+        first, last = self._zeroed
+        if last > first:
+            gpu.zero(workspace + first, 0, last - first, stream)
+        for launch in self._launches:
+            launch.run(gpu, stream, pointers, workspace, seed)
 
 
-class _Ready(threading.local):
-    """Whether this thread has a current device: the driver knows none in a new thread."""
+class _Gpu(threading.local):
+    """What a call needs of CuPy, looked up once in each thread."""
 
-    yes = False
+    def __init__(self) -> None:
+        cupy = toolchain.import_cupy()
+        self.cuda = cupy.cuda
+        self.ndarray = cupy.ndarray
+        self.stream = cupy.cuda.get_current_stream
+        self.launch = cupy.cuda.driver.launchKernel
+        self.zero = cupy.cuda.runtime.memsetAsync
+        self._current = cupy.cuda.runtime.getDevice
+        cupy.cuda.runtime.setDevice(self._current())  # the driver knows no device in a new thread
+
+    def is_elsewhere(self, device: int) -> bool:
+        """Whether another device than this one is the current one."""
+        return self._current() != device
 
 
-_READY = _Ready()
-_NOTHING_TO_ENTER = contextlib.nullcontext()
-
-
-def use_device(device: int) -> Any:
-    """A context in which `device` is the current one; entered only where it is not."""
-    cuda = toolchain.import_cupy().cuda
-    current = cuda.runtime.getDevice()
-    if not _READY.yes:
-        cuda.runtime.setDevice(current)
-        _READY.yes = True
-    return _NOTHING_TO_ENTER if current == device else cuda.Device(device)
+@lru_cache(maxsize=1)
+def _gpu() -> _Gpu:
+    return _Gpu()
 
 
 def plan(
@@ -251,24 +261,50 @@ def plan(
 # ---- on CuPy arrays ----------------------------------------------------------------------------------------------
 
 
-def empty(shape: tuple[int, ...], dtype: np.dtype, like: Any) -> Any:
-    """How a result is allocated: from CuPy's pool, on the device of `like`."""
-    with use_device(like.data.device_id):
-        return toolchain.import_cupy().ndarray(shape, dtype)
+def forward(plan: ForwardPlan, inputs: Sequence[Any], seed: int) -> tuple[Any, Any]:
+    """(out, lse) from CuPy's pool, on the current stream of the inputs' device; the inputs as in plans.INPUTS."""
+    gpu = _gpu()
+    if gpu.is_elsewhere(plan.device):
+        with gpu.cuda.Device(plan.device):
+            return forward(plan, inputs, seed)
+    out = gpu.ndarray(plan.out.shape, dtype_of(plan.out.dtype))
+    lse = gpu.ndarray(plan.lse.shape, dtype_of(plan.lse.dtype))
+    q, k, v, *extras = inputs
+    q_, k_, v_, out_ = q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr
+    pointers = (q_, k_, v_, out_, 0, 0, 0, 0, lse.data.ptr, 0, 0, *[0 if x is None else x.data.ptr for x in extras])
+    plan.launches((q_ | k_ | v_ | out_) % 16 == 0)._run(gpu, gpu.stream().ptr, pointers, 0, seed)
+    return out, lse
 
 
-def run(plan: Plan, pointers: Sequence[int], seed: int) -> None:
-    """Run a Plan on the current stream of its device, its workspace from CuPy's pool."""
-    cupy = toolchain.import_cupy()
-    with use_device(plan.device):
-        stream = cupy.cuda.get_current_stream().ptr
-        if not plan.workspace:
-            plan.run(stream, pointers, 0, seed)
-            return
-        workspace = cupy.cuda.alloc(plan.workspace)
-        plan.run(stream, pointers, workspace.ptr, seed)
-        if cupy.cuda.runtime.streamIsCapturing(stream):
-            _CAPTURED.append(workspace)  # a graph goes on using it after this call
+def backward(plan: BackwardPlan, arrays: Sequence[Any], given: Sequence[Any], seed: int) -> list[Any]:
+    """dq, dk, dv and, with sinks, dsinks, those not given from CuPy's pool as the workspace is; `arrays` are dout, out,
+    lse, dlse and the inputs.
+
+    Only the sum of dQ of the Hopper kernel is atomic: where the Spec is deterministic, memory is lean, or other kernels
+    serve the call, the gradients are bitwise reproducible.
+    """
+    gpu = _gpu()
+    if gpu.is_elsewhere(plan.device):
+        with gpu.cuda.Device(plan.device):
+            return backward(plan, arrays, given, seed)
+    gradients = [
+        gpu.ndarray(like.shape, dtype_of(like.dtype)) if array is None else array
+        for like, array in zip(plan.gradients.values(), (*given, None), strict=False)
+    ]
+    dout, out, lse, dlse, q, k, v, *extras = arrays
+    dq, dk, dv, dsinks = (*gradients, None)[:4]
+    operands = (q, k, v, out, dout, dq, dk, dv, lse, dlse, dsinks, *extras)
+    pointers = tuple([0 if array is None else array.data.ptr for array in operands])
+    together = 0
+    for pointer in pointers[: len(TENSORS)]:
+        together |= pointer
+    launches = plan.launches(together % 16 == 0)
+    stream = gpu.stream().ptr
+    workspace = gpu.cuda.alloc(launches.workspace)
+    launches._run(gpu, stream, pointers, workspace.ptr, seed)
+    if gpu.cuda.runtime.streamIsCapturing(stream):
+        _CAPTURED.append(workspace)  # a graph goes on using it after this call
+    return gradients
 
 
 _CAPTURED: list[Any] = []  # workspace of calls inside captured graphs

@@ -77,8 +77,9 @@ def at(address: int) -> Any:
 
 def point(tensor_map: Any, address: int) -> None:
     """Let a map describe the same layout at another address, a multiple of 16."""
-    (status,) = _driver().cuTensorMapReplaceAddress(tensor_map, address)
-    if int(status) != 0:
+    driver = _driver()
+    (status,) = driver.cuTensorMapReplaceAddress(tensor_map, address)
+    if status is not driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"cuTensorMapReplaceAddress: {status} for address {address:#x}")
 
 
