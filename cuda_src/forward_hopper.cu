@@ -344,7 +344,7 @@ __device__ __forceinline__ void issue_output(float (&O)[N_OUT][4], unsigned int 
     wgmma_commit();
 }
 
-// LSE of the 16 rows of one warp, from row `row` of the task on, and the factors 1 / l of O.
+// LSE, if anybody wants it, of the 16 rows of one warp, from row `row` of the task on, and the factors 1 / l of O.
 __device__ __forceinline__ void finish_softmax(const Params& p, const Task& task, int row, const Softmax& softmax,
                                                float (&scale)[2]) {
     const Sequence sequence = sequence_of(p, task.batch);
@@ -355,7 +355,7 @@ __device__ __forceinline__ void finish_softmax(const Params& p, const Task& task
         float lse;
         scale[half] = finish_row(p, sequence, task.head, softmax.m[half] * softmax.factor, softmax.l[half], lse);
         const int i = lane / 4 + 8 * half;
-        if (lane % 4 == 0 && i < sequence.q_len - first) lse_gmem[i] = lse;
+        if (p.lse.data != nullptr && lane % 4 == 0 && i < sequence.q_len - first) lse_gmem[i] = lse;
     }
 }
 
@@ -481,22 +481,6 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
         const Dropout dropout(p, task.batch, task.head);
         pack_all(P, S, dropout, task.q_first + warp_row, tile * TILE.cols);
     };
-    // P of S, again with another m where it is out of range: then O must be multiplied by `rescale`. A loop, so that P
-    // is computed in one place. That it comes before a vote keeps it under the product: else ptxas moves the wait
-    // before it.
-    auto exponentials_in_range = [&](unsigned int (&P)[N / 2][4]) {
-        bool grown = false;
-#pragma unroll 1
-        while (true) {
-            softmax.exponentials(S, sum, [&](int n, const float (&x)[4]) { pack_tile(P, n, x); });
-            pin(P);
-            if (softmax.in_range(sum)) break;
-            const bool moved = softmax.follow(S, 0.0f, rescale);
-            grown |= moved;
-            if (!moved) break;
-        }
-        return grown;
-    };
     auto rescale_output = [&] {
 #pragma unroll
         for (int n = 0; n < N_OUT; ++n) {
@@ -592,13 +576,8 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
             if (goes_on) {
                 release_scores();
                 finish();
-                if constexpr (TILE.p_sets == 2) {
-                    if (crosses) softmax.follow(S, 0.0f, rescale);
-                    moved = exponentials_in_range(P_other);
-                } else {
-                    moved = softmax.follow(S, crosses ? 0.0f : RESCALE_THRESHOLD, rescale);
-                    softmax.exponentials(S, sum, in_place);
-                }
+                moved = softmax.follow(S, crosses ? 0.0f : RESCALE_THRESHOLD, rescale);
+                softmax.exponentials(S, sum, in_place);
                 softmax.add(sum);
             }
             wgmma_wait<0>();
@@ -614,15 +593,7 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
             }
             if (moved && !crosses) rescale_output();
             if (!goes_on) break;
-            if constexpr (TILE.p_sets == 2) {
-#pragma unroll
-                for (int i = 0; i < N / 2; ++i) {
-#pragma unroll
-                    for (int r = 0; r < 4; ++r) P_even[i][r] = P_other[i][r];
-                }
-            } else {
-                pack_into(P_even);
-            }
+            pack_into(P_even);
 
             // P_tile, while O += P_{tile - 1} V_{tile - 1}
             auto advance = [&](unsigned int (&P_previous)[N / 2][4], unsigned int (&P)[N / 2][4]) {
@@ -642,7 +613,17 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
                 finish();
                 bool grown = false, fits = true;
                 if constexpr (TILE.p_sets == 2) {
-                    grown = exponentials_in_range(P);
+                    // Again with another m where P is out of range; a loop, so that P is computed in one place. That it
+                    // comes before the vote keeps it under the product: otherwise ptxas moves the wait before it.
+#pragma unroll 1
+                    while (true) {
+                        softmax.exponentials(S, sum, [&](int n, const float (&x)[4]) { pack_tile(P, n, x); });
+                        pin(P);
+                        if (softmax.in_range(sum)) break;
+                        const bool moved = softmax.follow(S, 0.0f, rescale);
+                        grown |= moved;
+                        if (!moved) break;
+                    }
                 } else {
                     if constexpr (!KEEPS_M) grown = softmax.follow(S, RESCALE_THRESHOLD, rescale);
                     // Once, since no sum is negative: a loop for the same end.

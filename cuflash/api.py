@@ -111,7 +111,7 @@ def flash_attention(
     )
     seed = _checked_seed(seed)
     if plan.backend == "cuda":
-        out, lse = _cuda().forward(plan, inputs, seed)
+        out, lse = _cuda().forward(plan, inputs, seed, return_lse)
     else:
         _check_values(plan, inputs)
         out, lse = (_empty(result) for result in (plan.out, plan.lse))

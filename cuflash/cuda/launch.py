@@ -152,7 +152,8 @@ class Plan:
         self._zeroed = zeroed  # the part of the workspace [from, to) that must be zeros
 
     def run(self, stream: int, pointers: Sequence[int], workspace: int = 0, seed: int = 0) -> None:
-        """Launch the call on a stream (its handle): `pointers` to OPERANDS, 0 for what the call does not have."""
+        """Launch the call on a stream (its handle): `pointers` to OPERANDS, 0 for what the call does not have. The LSE
+        of a forward is written where there is a pointer."""
         gpu = _gpu()
         if gpu.is_elsewhere(self.device):
             with gpu.cuda.Device(self.device):
@@ -261,17 +262,18 @@ def plan(
 # ---- on CuPy arrays ----------------------------------------------------------------------------------------------
 
 
-def forward(plan: ForwardPlan, inputs: Sequence[Any], seed: int) -> tuple[Any, Any]:
-    """(out, lse) from CuPy's pool, on the current stream of the inputs' device; the inputs as in plans.INPUTS."""
+def forward(plan: ForwardPlan, inputs: Sequence[Any], seed: int, with_lse: bool) -> tuple[Any, Any]:
+    """(out, lse or None) from CuPy's pool, on the current stream of the inputs' device; these as in plans.INPUTS."""
     gpu = _gpu()
     if gpu.is_elsewhere(plan.device):
         with gpu.cuda.Device(plan.device):
-            return forward(plan, inputs, seed)
+            return forward(plan, inputs, seed, with_lse)
     out = gpu.ndarray(plan.out.shape, dtype_of(plan.out.dtype))
-    lse = gpu.ndarray(plan.lse.shape, dtype_of(plan.lse.dtype))
+    lse = gpu.ndarray(plan.lse.shape, dtype_of(plan.lse.dtype)) if with_lse else None
     q, k, v, *extras = inputs
     q_, k_, v_, out_ = q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr
-    pointers = (q_, k_, v_, out_, 0, 0, 0, 0, lse.data.ptr, 0, 0, *[0 if x is None else x.data.ptr for x in extras])
+    lse_ = 0 if lse is None else lse.data.ptr
+    pointers = (q_, k_, v_, out_, 0, 0, 0, 0, lse_, 0, 0, *[0 if x is None else x.data.ptr for x in extras])
     plan.launches((q_ | k_ | v_ | out_) % 16 == 0)._run(gpu, gpu.stream().ptr, pointers, 0, seed)
     return out, lse
 
