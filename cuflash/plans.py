@@ -31,8 +31,38 @@ _BACKENDS = ("numpy", "cuda")
 _MEMORY = ("fast", "lean")
 
 
+class _Launched:
+    """What runs on the GPU for a plan: made at its first call there."""
+
+    problem: Problem
+    device: int
+    head_major: bool
+    _launches: dict[Any, launch.Plan]
+
+    def launches(self, aligned: bool) -> launch.Plan:
+        """The launches for pointers that are all multiples of 16, or for any; compiled and loaded if new."""
+        key = aligned, os.environ.get("CUFLASH_FORCE_ARCH")
+        found = self._launches.get(key)
+        return self._launch(key) if found is None else found
+
+    def _launch(self, key: tuple[bool, str | None]) -> launch.Plan:
+        from cuflash.cuda import launch  # with CuPy
+
+        arrays, how = self._arrays_and_ways()
+        layouts = {
+            name: head_minor(array, self.head_major) if name in launch.TENSORS else array
+            for name, array in arrays.items()
+            if array is not None
+        }
+        self._launches[key] = launch.plan(self.problem, layouts, self.device, aligned=key[0], **how)
+        return self._launches[key]
+
+    def _arrays_and_ways(self) -> tuple[dict[str, Signature | None], dict[str, bool]]:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ForwardPlan:
+class ForwardPlan(_Launched):
     """A validated forward: what it computes, and what its results look like, in the caller's layout."""
 
     problem: Problem
@@ -44,61 +74,27 @@ class ForwardPlan:
     lse: Signature
     _launches: dict[Any, launch.Plan] = field(default_factory=dict)
 
-    def launches(self, aligned: bool) -> launch.Plan:
-        """What runs on the GPU, for pointers that are all multiples of 16, or for any; compiled and loaded if new."""
-        return _launches(self, {**self.inputs, "out": self.out, "lse": self.lse}, aligned, backward=False)
+    def _arrays_and_ways(self) -> tuple[dict[str, Signature | None], dict[str, bool]]:
+        return {**self.inputs, "out": self.out, "lse": self.lse}, {"backward": False}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class BackwardPlan:
+class BackwardPlan(_Launched):
     """A validated backward: its forward, and what its gradients look like, in the caller's layout."""
 
     forward: ForwardPlan
+    problem: Problem
+    device: int
+    head_major: bool
     accumulate: bool
     lean: bool
     others: dict[str, Signature | None]  # dout, out, lse, dlse
     gradients: dict[str, Signature]  # dq, dk, dv and, with sinks, dsinks
     _launches: dict[Any, launch.Plan] = field(default_factory=dict)
 
-    @property
-    def problem(self) -> Problem:
-        return self.forward.problem
-
-    @property
-    def device(self) -> int:
-        return self.forward.device
-
-    @property
-    def head_major(self) -> bool:
-        return self.forward.head_major
-
-    def launches(self, aligned: bool) -> launch.Plan:
-        """As for the forward."""
-        return _launches(
-            self,
-            {**self.forward.inputs, **self.others, **self.gradients},
-            aligned,
-            backward=True,
-            accumulate=self.accumulate,
-            lean=self.lean,
-        )
-
-
-def _launches(
-    plan: ForwardPlan | BackwardPlan, arrays: dict[str, Signature | None], aligned: bool, **how: bool
-) -> launch.Plan:
-    key = aligned, os.environ.get("CUFLASH_FORCE_ARCH")
-    found = plan._launches.get(key)
-    if found is None:
-        from cuflash.cuda import launch  # with CuPy: at the first call on a GPU
-
-        layouts = {
-            name: head_minor(array, plan.head_major) if name in launch.TENSORS else array
-            for name, array in arrays.items()
-            if array is not None
-        }
-        found = plan._launches[key] = launch.plan(plan.problem, layouts, plan.device, aligned=aligned, **how)
-    return found
+    def _arrays_and_ways(self) -> tuple[dict[str, Signature | None], dict[str, bool]]:
+        arrays = {**self.forward.inputs, **self.others, **self.gradients}
+        return arrays, {"backward": True, "accumulate": self.accumulate, "lean": self.lean}
 
 
 def head_minor(array: Signature, head_major: bool) -> Signature:
@@ -309,6 +305,9 @@ def backward(
         gradients["dsinks"] = contiguous(sinks)
     return BackwardPlan(
         forward=plan,
+        problem=plan.problem,
+        device=plan.device,
+        head_major=plan.head_major,
         accumulate=bool(accumulate),
         lean=memory == "lean",
         others={"dout": dout, "out": out, "lse": lse, "dlse": dlse},
