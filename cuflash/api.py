@@ -7,6 +7,7 @@ signatures and scalars); only values, such as cu_seqlens on the CPU, are looked 
 from __future__ import annotations
 
 import math
+import sys
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, NamedTuple, NoReturn
@@ -105,6 +106,27 @@ def flash_attention(
     UnsupportedError
         What this GPU or build cannot do, and what to do instead.
     """
+    if (adapter := _adapter(q)) is not None:
+        return adapter.flash_attention(
+            q,
+            k,
+            v,
+            causal=causal,
+            window_size=window_size,
+            scale=scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            dropout_p=dropout_p,
+            seed=seed,
+            return_lse=return_lse,
+            deterministic=deterministic,
+            allow_tf32=allow_tf32,
+            layout=layout,
+            backend=backend,
+        )
     arguments = (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
     _check_flag("return_lse", return_lse)
     call = _prepare(
@@ -174,6 +196,35 @@ def flash_attention_backward(
     (dq, dk, dv), or (dq, dk, dv, dsinks) with sinks
         dsinks [heads] in sinks' dtype. Rows that attend to nothing have zero gradients.
     """
+    if (adapter := _adapter(q)) is not None:
+        return adapter.flash_attention_backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            causal=causal,
+            window_size=window_size,
+            scale=scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            dropout_p=dropout_p,
+            seed=seed,
+            deterministic=deterministic,
+            allow_tf32=allow_tf32,
+            layout=layout,
+            backend=backend,
+            dlse=dlse,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            accumulate=accumulate,
+            memory=memory,
+        )
     arguments = (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
     call = _prepare(
         arguments, causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout, backend
@@ -223,6 +274,16 @@ def flash_attention_backward(
     handed = {name: arrays.like(targets[name], q if array is None else array) for name, array in given.items()}
     gradients = tuple(handed[name] if array is None else array for name, array in given.items())
     return gradients if dsinks is None else (*gradients, arrays.like(dsinks, q))
+
+
+def _adapter(q: Any) -> Any:
+    """The adapter of q's framework where its arrays are more than memory: gradients, compilation, transforms."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(q, torch.Tensor):
+        import cuflash.adapters.torch
+
+        return cuflash.adapters.torch
+    return None
 
 
 # ---- what a call needs -------------------------------------------------------------------------------------------

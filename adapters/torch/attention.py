@@ -1,0 +1,261 @@
+"""The two functions on torch tensors: check, cast for autocast, and choose how much of torch a call goes through.
+
+- Nobody differentiates: straight to the backend.
+- Eager, with gradients: one plain autograd.Function around the backend, the least that the autograd engine takes.
+- torch.compile, export, functorch's transforms, modes and tensor subclasses: the operators of `_operators`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from cuflash.adapters.torch import _call, _operators
+from cuflash.adapters.torch._call import Operands, Options
+from cuflash.errors import UnsupportedError
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+    layout: str = "bshd",
+    backend: str | None = None,
+) -> Any:
+    """`cuflash.flash_attention` on torch tensors, differentiable once in q, k, v and sinks, and through the LSE.
+
+    Parameters, shapes and dtypes are those of `cuflash.flash_attention`; what torch adds:
+
+    q, k, v : dense tensors on the CPU or a CUDA GPU, all on one device
+        Under autocast, those of float16, bfloat16 and float32 are cast to its dtype, as for torch's own attention.
+    alibi_slopes, cu_seqlens_q, cu_seqlens_k : tensors without gradients
+    seed : int in [0, 2^64), or int64 tensor of one element on the CPU
+        A tensor's value need not be known when torch.compile traces.
+    deterministic : bool
+        Also on while `torch.use_deterministic_algorithms(True)` holds.
+
+    Returns
+    -------
+    out, or (out, lse)
+        On q's device, contiguous, of memory that nothing else uses.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Names the argument, what it was and what is allowed; nothing has been computed.
+    UnsupportedError
+        What this GPU or build cannot do; double backward and forward mode; vmap over cu_seqlens, or with dropout
+        unless randomness="different".
+    """
+    operands = Operands(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
+    if torch.overrides.has_torch_function(operands):
+        return torch.overrides.handle_torch_function(
+            flash_attention,
+            operands,
+            q,
+            k,
+            v,
+            causal=causal,
+            window_size=window_size,
+            scale=scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            dropout_p=dropout_p,
+            seed=seed,
+            return_lse=return_lse,
+            deterministic=deterministic,
+            allow_tf32=allow_tf32,
+            layout=layout,
+            backend=backend,
+        )
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse: got {return_lse!r} ({type(return_lse).__name__}); allowed: True or False")
+    _check(operands._asdict(), q)
+    _check_seed(seed)
+    for name in ("alibi_slopes", "cu_seqlens_q", "cu_seqlens_k"):
+        x = getattr(operands, name)
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: got a tensor that requires gradients; allowed: one that does not (detach it)")
+    _check_no_tangent(operands._asdict())
+    if torch.are_deterministic_algorithms_enabled():
+        deterministic = True
+    options = Options(
+        causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout=layout, backend=backend
+    )
+    if operands.q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type):
+        operands = _cast(operands, torch.get_autocast_dtype(q.device.type))
+    if _is_seen(operands):
+        out, lse = _operators.Forward.apply(*operands, *_operators.seed_and_scalars(options), return_lse)
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+        out, lse = _Attention.apply(options, *operands)
+    else:
+        out, lse = _call.forward(operands, options)
+    return (out, lse) if return_lse else out
+
+
+def flash_attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+    layout: str = "bshd",
+    backend: str | None = None,
+    dlse: torch.Tensor | None = None,
+    dq: torch.Tensor | None = None,
+    dk: torch.Tensor | None = None,
+    dv: torch.Tensor | None = None,
+    accumulate: bool = False,
+    memory: str = "fast",
+) -> tuple[torch.Tensor, ...]:
+    """`cuflash.flash_attention_backward` on torch tensors, for those who call it by hand; autograd needs no such call.
+
+    Parameters and results are those of `cuflash.flash_attention_backward`; given dq, dk and dv come back as the same
+    tensors. The gradients are not differentiable, so tensors that require gradients raise a ValueError unless grad
+    mode is off.
+    """
+    operands = Operands(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
+    tensors = {"dout": dout, **operands._asdict(), "out": out, "lse": lse, "dlse": dlse, "dq": dq, "dk": dk, "dv": dv}
+    optional = ("dlse", "dq", "dk", "dv")
+    _check(tensors, q, optional)
+    _check_seed(seed)
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if x is not None and x.requires_grad:
+                raise ValueError(
+                    f"{name}: got a tensor that requires gradients; allowed: a detached one, or any in torch.no_grad()"
+                )
+    if torch.are_deterministic_algorithms_enabled():
+        deterministic = True
+    options = Options(
+        causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout=layout, backend=backend
+    )
+    given = {"dq": dq, "dk": dk, "dv": dv}
+    if not _is_seen((dout, *operands, out, lse, dlse)):
+        return _call.backward(dout, operands, out, lse, dlse, options, **given, accumulate=accumulate, memory=memory)
+    for name, x in given.items():
+        if x is not None or accumulate:
+            raise UnsupportedError(
+                f"{name}: got a tensor to write to while torch traces or transforms the call; allowed: None"
+            )
+    return _operators.Backward.apply(dout, *operands, out, lse, dlse, *_operators.seed_and_scalars(options), memory)
+
+
+class _Attention(torch.autograd.Function):
+    """Eager attention with gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, options: Options, *operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = _call.forward(Operands(*operands), options)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*operands, out, lse)
+        ctx.options = options
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
+        *operands, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else _operators.last_contiguous(dout)
+        dlse = None if dlse is None else _operators.last_contiguous(dlse)
+        if torch.is_grad_enabled():  # create_graph=True: the gradients carry a derivative, which raises
+            seed, scalars = _operators.seed_and_scalars(ctx.options)
+            gradients = _operators.Backward.apply(dout, *operands, out, lse, dlse, seed, scalars, "fast")
+        else:
+            gradients = _call.backward(dout, Operands(*operands), out, lse, dlse, ctx.options)
+        dq, dk, dv, *dsinks = gradients
+        return None, dq, dk, dv, None, dsinks[0] if dsinks else None, None, None
+
+
+def _is_seen(tensors: tuple[Any, ...]) -> bool:
+    """Whether something between the caller and the backend must see operators instead of memory."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(x is not None and (type(x) not in _PLAIN or x.is_meta) for x in tensors)
+    )
+
+
+def _check(tensors: dict[str, Any], q: torch.Tensor, optional: tuple[str, ...] = ()) -> None:
+    """Every operand is a dense tensor on q's device; all else is checked by what computes."""
+    for name, x in tensors.items():
+        if x is None and (name in Operands._field_defaults or name in optional):
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: got {x!r:.60} ({type(x).__name__}); allowed: a torch.Tensor, as q is one")
+        if x.layout is not torch.strided or x.is_nested:
+            raise TypeError(
+                f"{name}: got a {'nested' if x.is_nested else x.layout} tensor; allowed: a dense tensor "
+                "(sequences of several lengths: packed, with cu_seqlens_q and cu_seqlens_k)"
+            )
+        if is_traceable_wrapper_subclass(x) and hasattr(x, "to_local"):
+            raise TypeError(f"{name}: got a {type(x).__name__}; allowed: the local tensor of a shard (to_local())")
+        if x.device != q.device:
+            raise ValueError(f"{name}: got a tensor on {x.device}; allowed: q's device, {q.device}")
+    if q.device.type not in ("cpu", "cuda", "meta"):
+        raise UnsupportedError(f"q: got a tensor on {q.device}; allowed: the CPU or a CUDA GPU")
+
+
+def _check_no_tangent(tensors: dict[str, Any]) -> None:
+    if forward_ad._current_level < 0:
+        return
+    for name, x in tensors.items():
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise UnsupportedError(
+                f"{name}: got a tensor with a tangent (forward mode); allowed: reverse mode (backward, torch.func.grad)"
+            )
+
+
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, torch.Tensor) and (seed.dtype != torch.int64 or seed.numel() != 1 or not seed.is_cpu):
+        raise TypeError(
+            f"seed: got a tensor of {seed.dtype} with shape {tuple(seed.shape)} on {seed.device}; "
+            "allowed: an integer in [0, 2**64), or an int64 tensor of one element on the CPU"
+        )
+
+
+def _cast(operands: Operands, dtype: torch.dtype) -> Operands:
+    """For autocast: q, k and v in its dtype but for float64; sinks and slopes follow where they are not float32."""
+    if operands.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return operands
+    q, k, v = (x.to(dtype) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in operands[:3])
+    alibi_slopes, sinks = (
+        x.to(dtype) if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x for x in operands[3:5]
+    )
+    return operands._replace(q=q, k=k, v=v, alibi_slopes=alibi_slopes, sinks=sinks)
