@@ -5,6 +5,7 @@ torch's own signature and conventions, and `install`, which puts it in the place
 """
 
 from cuflash.adapters.torch.attention import flash_attention, flash_attention_backward
+from cuflash.adapters.torch.sdpa import install, installed, scaled_dot_product_attention, uninstall
 
 __all__ = [
     "flash_attention",

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cuflash.adapters.torch import _cpu, _cuda
+from cuflash.errors import UnsupportedError
 
 
 class Operands(NamedTuple):
@@ -64,3 +65,15 @@ def _with_number(options: Options) -> dict[str, Any]:
     if isinstance(options.seed, torch.Tensor):
         options = options._replace(seed=int(options.seed) % 2**64)
     return options._asdict()
+
+
+def fresh_seed() -> int | torch.Tensor:
+    """A seed for dropout, from torch's default generator of the CPU: `torch.manual_seed` and checkpoints govern it."""
+    if torch.compiler.is_compiling():
+        return torch.randint(2**63 - 1, (), device="cpu")  # drawn anew by each run of what is compiled
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            "dropout_p: got dropout with a seed to be drawn inside a CUDA graph, which would repeat one mask; "
+            "allowed: dropout_p=0, or `flash_attention` with a seed that you choose"
+        )
+    return int(torch.randint(2**63 - 1, (), device="cpu"))

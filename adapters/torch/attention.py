@@ -204,9 +204,12 @@ class _Attention(torch.autograd.Function):
 
 def _is_seen(tensors: tuple[Any, ...]) -> bool:
     """Whether something between the caller and the backend must see operators instead of memory."""
+    if torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active():
+        # The compiler would trace through the gradient and lose it. Without fullgraph it leaves this to eager mode.
+        raise UnsupportedError("torch.compile: got a call inside functorch transforms; allowed: these without compile")
     return (
         torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or any(x is not None and (type(x) not in _PLAIN or x.is_meta) for x in tensors)
     )
