@@ -11,7 +11,7 @@ Padded batches are packed inside: padding tokens are neither computed with nor w
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -186,7 +186,7 @@ def _parts(mask_function: Callable[..., Any] | None) -> Iterator[Callable[..., A
         yield mask_function
 
 
-def _captured(function: Callable[..., Any]) -> dict[str, Any]:
+def _captured(function: Callable[..., Any]) -> Mapping[str, Any]:
     """The variables of the surrounding function that a function uses."""
     return inspect.getclosurevars(function).nonlocals
 

@@ -269,6 +269,7 @@ class _Folding(NamedTuple):
 
     def operands(self, operands: Sequence[Any], dims: Sequence[Any]) -> tuple[Any, ...]:
         q, k, v = (self.fold(x, dim) for x, dim in zip(operands[:3], dims[:3], strict=True))
+        assert q is not None
         alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k = operands[3:]
         return (
             *(q, k, v),

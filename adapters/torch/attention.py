@@ -99,8 +99,7 @@ def flash_attention(
         if x is not None and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: got a tensor that requires gradients; allowed: one that does not (detach it)")
     _check_no_tangent(operands._asdict())
-    if torch.are_deterministic_algorithms_enabled():
-        deterministic = True
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     options = Options(
         causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout=layout, backend=backend
     )
@@ -161,8 +160,7 @@ def flash_attention_backward(
                 raise ValueError(
                     f"{name}: got a tensor that requires gradients; allowed: a detached one, or any in torch.no_grad()"
                 )
-    if torch.are_deterministic_algorithms_enabled():
-        deterministic = True
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     options = Options(
         causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout=layout, backend=backend
     )
@@ -189,16 +187,17 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        dout, dlse = gradients
         *operands, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else _operators.last_contiguous(dout)
         dlse = None if dlse is None else _operators.last_contiguous(dlse)
         if torch.is_grad_enabled():  # create_graph=True: the gradients carry a derivative, which raises
             seed, scalars = _operators.seed_and_scalars(ctx.options)
-            gradients = _operators.Backward.apply(dout, *operands, out, lse, dlse, seed, scalars, "fast")
+            results = _operators.Backward.apply(dout, *operands, out, lse, dlse, seed, scalars, "fast")
         else:
-            gradients = _call.backward(dout, Operands(*operands), out, lse, dlse, ctx.options)
-        dq, dk, dv, *dsinks = gradients
+            results = _call.backward(dout, Operands(*operands), out, lse, dlse, ctx.options)
+        dq, dk, dv, *dsinks = results
         return None, dq, dk, dv, None, dsinks[0] if dsinks else None, None, None
 
 
