@@ -39,19 +39,41 @@ def backward(
 
 
 def _arrays(tensors: dict[str, torch.Tensor | None]) -> dict[str, Any]:
-    return {name: None if tensor is None else _array(name, tensor.detach()) for name, tensor in tensors.items()}
+    return {name: None if tensor is None else _array(name, tensor) for name, tensor in tensors.items()}
+
+
+_DTYPES = {
+    getattr(torch, name): np.dtype(name)
+    for name in ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool", "complex64")
+} | {torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
+
+
+class _Memory:
+    """A tensor's memory as NumPy reads it. `Tensor.numpy()` would forbid torch to resize it ever after, which FSDP
+    does with parameters."""
+
+    def __init__(self, tensor: torch.Tensor, itemsize: int) -> None:
+        self.owner = tensor
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * itemsize for stride in tensor.stride()),
+            "typestr": f"V{itemsize}",
+            "data": (tensor.data_ptr(), False),
+        }
 
 
 def _array(name: str, tensor: torch.Tensor) -> np.ndarray:
-    try:
-        if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
-    except (RuntimeError, TypeError) as error:  # float8 and the like; lazily negated memory
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None or tensor.is_neg() or tensor.is_conj():
+        lazily = "" if dtype is None else ", lazily negated or conjugated"
         raise TypeError(
-            f"{name}: got a tensor of {tensor.dtype} that NumPy cannot view ({error}); "
+            f"{name}: got a tensor of {tensor.dtype}{lazily}; "
             "allowed: float16, bfloat16, float32 or float64, with its values in memory"
-        ) from error
+        )
+    if tensor.numel() == 0:
+        return np.empty(tuple(tensor.shape), dtype)
+    return np.asarray(_Memory(tensor, dtype.itemsize)).view(dtype)
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

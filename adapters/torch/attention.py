@@ -106,6 +106,8 @@ def flash_attention(
     if operands.q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type):
         operands = _cast(operands, torch.get_autocast_dtype(q.device.type))
     if _is_seen(operands):
+        if torch.compiler.is_compiling():  # which takes no tensor twice, such as boundaries of queries and keys
+            operands = Operands(*(None if x is None else x.view_as(x) for x in operands))  # type: ignore[arg-type]
         out, lse = _operators.Forward.apply(*operands, *_operators.seed_and_scalars(options), return_lse)
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
         out, lse = _Attention.apply(options, *operands)
