@@ -72,35 +72,42 @@ def scaled_dot_product_attention(
         query, key, value = (x.unsqueeze(-3) for x in (query, key, value))
         if attn_mask is not None and attn_mask.ndim == 3:
             attn_mask = attn_mask.unsqueeze(-3)
-    heads, kv_heads = query.shape[-3], key.shape[-3]
+    heads, kv_heads, kv_len = query.shape[-3], key.shape[-3], key.shape[-2]
     if not enable_gqa and kv_heads not in (heads, 1):
         raise ValueError(f"key: got {kv_heads} heads for query's {heads}; allowed: as many, or enable_gqa=True")
     try:
         leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     except RuntimeError as error:
-        shapes = [tuple(x.shape) for x in (query, key, value)]
         raise ValueError(
-            f"key: got shapes {shapes} of query, key and value; allowed: leading axes that broadcast"
+            f"key: got shape {tuple(key.shape)}, value {tuple(value.shape)}; allowed: leading axes that broadcast "
+            f"against query's, {tuple(query.shape)}"
         ) from error
+    batch = math.prod(leading)
+    # Lengths before heads, as models hold them: the output then lies in memory as theirs from torch's own does.
     q, k, v = (
-        x.expand(*leading, *x.shape[-3:]).reshape(math.prod(leading), *x.shape[-3:]) for x in (query, key, value)
+        x.expand(*leading, *x.shape[-3:]).reshape(batch, *x.shape[-3:]).transpose(1, 2) for x in (query, key, value)
     )
     options: dict[str, Any] = {"scale": scale}
     if dropout_p != 0:
         options |= {"dropout_p": dropout_p, "seed": fresh_seed()}
 
     if isinstance(attn_mask, CausalBias):
-        is_causal = attn_mask.variant == CausalVariant.UPPER_LEFT
-        if not is_causal:
-            options["causal"] = True
-        attn_mask = None
-    if attn_mask is not None:
-        out = _with_key_mask(q, k, v, _key_mask(attn_mask, leading, heads, k.shape[-2]), options)
+        lengths = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
+        if lengths != (query.shape[-2], kv_len):
+            raise ValueError(f"attn_mask: got a causal bias of {lengths}; allowed: {(query.shape[-2], kv_len)}")
+        top_left = attn_mask.variant == CausalVariant.UPPER_LEFT
+        out = (
+            _causal_from_the_top_left(q, k, v, options)
+            if top_left
+            else flash_attention(q, k, v, causal=True, **options)
+        )
+    elif attn_mask is not None:
+        out = _with_key_mask(q, k, v, _key_mask(attn_mask, leading, heads, key), options)
     elif is_causal:
         out = _causal_from_the_top_left(q, k, v, options)
     else:
-        out = flash_attention(q, k, v, layout="bhsd", **options)
-    out = out.reshape(*leading, *out.shape[1:])
+        out = flash_attention(q, k, v, **options)
+    out = out.transpose(1, 2).unflatten(0, leading)
     return out.squeeze(-3) if without_heads else out
 
 
@@ -108,25 +115,30 @@ def _causal_from_the_top_left(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
 ) -> torch.Tensor:
     """`flash_attention` counts positions from the bottom right: the last query stands at the last key."""
-    q_len, kv_len = q.shape[-2], k.shape[-2]
+    q_len, kv_len = q.shape[1], k.shape[1]
     if kv_len >= q_len:  # no query reaches a key beyond q_len
-        return flash_attention(q, k[..., :q_len, :], v[..., :q_len, :], layout="bhsd", causal=True, **options)
-    return flash_attention(q, k, v, layout="bhsd", window_size=(None, q_len - kv_len), **options)
+        return flash_attention(q, k[:, :q_len], v[:, :q_len], causal=True, **options)
+    return flash_attention(q, k, v, window_size=(None, q_len - kv_len), **options)
 
 
-def _key_mask(mask: torch.Tensor, leading: torch.Size, heads: int, kv_len: int) -> torch.Tensor:
+def _key_mask(mask: Any, leading: torch.Size, heads: int, key: torch.Tensor) -> torch.Tensor:
     """The mask as [batch, kv_len]."""
     allowed = (
         "a boolean mask of the keys alone, [batch, 1, 1, kv_len], is_causal=True, or "
         "torch.nn.attention.bias.causal_upper_left or causal_lower_right"
     )
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"attn_mask: got {mask!r:.60} ({type(mask).__name__}); allowed: {allowed}")
+    if mask.device != key.device:
+        raise ValueError(f"attn_mask: got a tensor on {mask.device}; allowed: key's device, {key.device}")
     if mask.dtype != torch.bool:
         raise UnsupportedError(f"attn_mask: got an additive mask of {mask.dtype}; allowed: {allowed}")
     if any(mask.shape[-axis] != 1 for axis in (2, 3) if mask.ndim >= axis):
         raise UnsupportedError(f"attn_mask: got a mask of shape {tuple(mask.shape)}; allowed: {allowed}")
-    mask = mask.reshape(*(1,) * (3 + len(leading) - mask.ndim), *mask.shape)[..., 0, 0, :]
+    of_keys = mask.reshape(*(1,) * (3 + len(leading) - mask.ndim), *mask.shape)[..., 0, 0, :]
+    kv_len = key.shape[-2]
     try:
-        return mask.expand(*leading, kv_len).reshape(math.prod(leading), kv_len)
+        return of_keys.expand(*leading, kv_len).reshape(math.prod(leading), kv_len)
     except RuntimeError as error:
         raise ValueError(
             f"attn_mask: got shape {tuple(mask.shape)}; allowed: one that broadcasts to {(*leading, heads, 1, kv_len)}"
@@ -135,18 +147,18 @@ def _key_mask(mask: torch.Tensor, leading: torch.Size, heads: int, kv_len: int) 
 
 def _with_key_mask(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, options: dict[str, Any]
-) -> Any:
-    batch, q_len = q.shape[0], q.shape[-2]
+) -> torch.Tensor:
+    batch, q_len = q.shape[:2]
     packing = Packing.of(kept)
     packed = flash_attention(
-        q.transpose(1, 2).flatten(0, 1),
-        packing.pack(k.transpose(1, 2)),
-        packing.pack(v.transpose(1, 2)),
+        q.flatten(0, 1),
+        packing.pack(k),
+        packing.pack(v),
         cu_seqlens_q=equal_lengths(batch, q_len, q.device),
         cu_seqlens_k=packing.cu_seqlens,
         **options,
     )
-    return packed.unflatten(0, (batch, q_len)).transpose(1, 2)
+    return packed.unflatten(0, (batch, q_len))
 
 
 # ---- in the place of torch's -------------------------------------------------------------------------------------
