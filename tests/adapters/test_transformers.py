@@ -191,3 +191,34 @@ def test_masks_that_are_no_packing_raise():
 def test_a_name_with_flash_is_refused():
     with pytest.raises(ValueError, match="name: got 'cuflash'"):
         adapter.register("cuflash")
+
+
+@pytest.mark.gpu
+def test_a_llama_at_4096_tokens():
+    """Eight layers, a padded batch: the errors of logits and gradients against the model in float64."""
+    sizes = SIZES | {"hidden_size": 256, "num_hidden_layers": 8, "max_position_embeddings": 4096}
+    ids = torch.randint(0, VOCABULARY, (2, 4096), generator=torch.Generator().manual_seed(0)).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, 3000:], mask[1, :500] = 0, 0
+    labels = ids.masked_fill(mask == 0, -100)
+
+    def run(implementation: str, dtype: Any) -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**sizes)
+        config._attn_implementation = implementation
+        network = transformers.LlamaForCausalLM(config).cuda().to(dtype)
+        logits = network(ids, attention_mask=mask, use_cache=False).logits[mask == 1]
+        wide = logits.to(torch.promote_types(dtype, torch.float32))
+        torch.nn.functional.cross_entropy(wide, labels[mask == 1]).backward()
+        gradients = torch.cat([x.grad.double().flatten() for x in network.parameters()])
+        return logits.detach().double(), gradients
+
+    exact = run("eager", torch.float64)
+
+    def errors(implementation: str, dtype: Any) -> list[float]:
+        found = run(implementation, dtype)
+        return [float((x - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True)]
+
+    for dtype, peer, factor in ((torch.float32, "eager", 2.0), (torch.bfloat16, "sdpa", 1.05)):
+        for ours, theirs in zip(errors(adapter.NAME, dtype), errors(peer, dtype), strict=True):
+            assert ours <= factor * theirs, f"{dtype}: {ours:.3e}, {peer} {theirs:.3e}"
