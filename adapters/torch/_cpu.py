@@ -9,17 +9,22 @@ import numpy as np
 import torch
 
 import cuflash
+from cuflash.adapters.torch._values import Operands, Options
 
 
-def forward(tensors: dict[str, torch.Tensor | None], options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(operands: Operands, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of `cuflash.flash_attention`."""
-    out, lse = cuflash.flash_attention(**_arrays(tensors), **options, return_lse=True)
+    out, lse = cuflash.flash_attention(**_arrays(operands._asdict()), **options._asdict(), return_lse=True)
     return _tensor(out), _tensor(lse)
 
 
 def backward(
-    tensors: dict[str, torch.Tensor | None],
-    options: dict[str, Any],
+    dout: torch.Tensor,
+    operands: Operands,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    options: Options,
     *,
     dq: torch.Tensor | None = None,
     dk: torch.Tensor | None = None,
@@ -29,8 +34,9 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of `cuflash.flash_attention_backward`; given dq, dk and dv come back as the same tensors."""
     given = {"dq": dq, "dk": dk, "dv": dv}
+    tensors = {"dout": dout, **operands._asdict(), "out": out, "lse": lse, "dlse": dlse, **given}
     gradients = cuflash.flash_attention_backward(
-        **_arrays(tensors), **_arrays(given), **options, accumulate=accumulate, memory=memory
+        **_arrays(tensors), **options._asdict(), accumulate=accumulate, memory=memory
     )
     targets = (*given.values(), None)
     return tuple(

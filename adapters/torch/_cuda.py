@@ -13,19 +13,24 @@ from typing import Any
 import torch
 
 import cuflash
+from cuflash.adapters.torch._values import Operands, Options
 from cuflash.cuda.toolchain import import_cupy
 
 
-def forward(tensors: dict[str, torch.Tensor | None], options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(operands: Operands, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of `cuflash.flash_attention`."""
-    with _torch_surroundings(tensors["q"]):
-        out, lse = cuflash.flash_attention(**_arrays(tensors), **options, return_lse=True)
+    with _torch_surroundings(operands.q):
+        out, lse = cuflash.flash_attention(**_arrays(operands._asdict()), **options._asdict(), return_lse=True)
         return torch.from_dlpack(out), torch.from_dlpack(lse)
 
 
 def backward(
-    tensors: dict[str, torch.Tensor | None],
-    options: dict[str, Any],
+    dout: torch.Tensor,
+    operands: Operands,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    options: Options,
     *,
     dq: torch.Tensor | None = None,
     dk: torch.Tensor | None = None,
@@ -35,9 +40,10 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of `cuflash.flash_attention_backward`; given dq, dk and dv come back as the same tensors."""
     given = {"dq": dq, "dk": dk, "dv": dv}
-    with _torch_surroundings(tensors["q"]):
+    tensors = {"dout": dout, **operands._asdict(), "out": out, "lse": lse, "dlse": dlse, **given}
+    with _torch_surroundings(operands.q):
         gradients = cuflash.flash_attention_backward(
-            **_arrays(tensors), **_arrays(given), **options, accumulate=accumulate, memory=memory
+            **_arrays(tensors), **options._asdict(), accumulate=accumulate, memory=memory
         )
         targets = (*given.values(), None)
         return tuple(
@@ -71,9 +77,8 @@ class _TorchStream:
 
 
 @contextmanager
-def _torch_surroundings(q: torch.Tensor | None) -> Iterator[None]:
+def _torch_surroundings(q: torch.Tensor) -> Iterator[None]:
     """q's device, the stream torch uses there, and torch's allocator: what it gives is safe inside CUDA graphs too."""
-    assert q is not None
     cupy = import_cupy()
     with (
         torch.cuda.device(q.device),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from cuflash.adapters.torch import _call
-from cuflash.adapters.torch._call import Operands, Options
+from cuflash.adapters.torch._values import Operands, Options
 from cuflash.errors import UnsupportedError
 
 _TENSORS = (
@@ -142,9 +142,12 @@ class Forward(torch.autograd.Function):
         dout, dlse = gradients
         *operands, seed, out, lse = ctx.saved_tensors
         dlse = last_contiguous(dlse) if ctx.with_lse else None
-        dq, dk, dv, *dsinks = Backward.apply(
-            last_contiguous(dout), *operands, out, lse, dlse, seed, ctx.scalars, "fast"
-        )
+        dout = last_contiguous(dout)
+        if torch.compiler.is_compiling():  # nothing is differentiated again
+            results = torch.ops.cuflash.bwd(dout, *operands, out, lse, dlse, seed, *ctx.scalars, "fast")
+        else:
+            results = Backward.apply(dout, *operands, out, lse, dlse, seed, ctx.scalars, "fast")
+        dq, dk, dv, *dsinks = results
         return dq, dk, dv, None, dsinks[0] if dsinks else None, None, None, None, None, None
 
     @staticmethod

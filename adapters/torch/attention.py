@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cuflash.adapters.torch import _call, _operators
-from cuflash.adapters.torch._call import Operands, Options
+from cuflash.adapters.torch._values import Operands, Options
 from cuflash.errors import UnsupportedError
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -67,7 +68,7 @@ def flash_attention(
         unless randomness="different".
     """
     operands = Operands(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
-    if torch.overrides.has_torch_function(operands):
+    if torch.overrides.has_torch_function_variadic(*operands):
         return torch.overrides.handle_torch_function(
             flash_attention,
             operands,
@@ -92,24 +93,30 @@ def flash_attention(
         )
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: got {return_lse!r} ({type(return_lse).__name__}); allowed: True or False")
-    _check(operands._asdict(), q)
-    _check_seed(seed)
-    for name in ("alibi_slopes", "cu_seqlens_q", "cu_seqlens_k"):
-        x = getattr(operands, name)
-        if x is not None and x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: got a tensor that requires gradients; allowed: one that does not (detach it)")
-    _check_no_tangent(operands._asdict())
+    plain, with_gradients = _survey(operands._fields, operands, q)
+    if seed is not None:
+        _check_seed(seed)
+    if with_gradients:
+        for name in ("alibi_slopes", "cu_seqlens_q", "cu_seqlens_k"):
+            x = getattr(operands, name)
+            if x is not None and x.requires_grad:
+                raise ValueError(
+                    f"{name}: got a tensor that requires gradients; allowed: one that does not (detach it)"
+                )
+    if forward_ad._current_level >= 0:
+        _check_no_tangent(operands)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     options = Options(
         causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout=layout, backend=backend
     )
-    if operands.q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type):
-        operands = _cast(operands, torch.get_autocast_dtype(q.device.type))
-    if _is_seen(operands):
+    device_type = q.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        operands = _cast(operands, torch.get_autocast_dtype(device_type))
+    if not plain or _is_seen():
         if torch.compiler.is_compiling():  # which takes no tensor twice, such as boundaries of queries and keys
-            operands = Operands(*(None if x is None else x.view_as(x) for x in operands))  # type: ignore[arg-type]
+            operands = Operands._make(None if x is None else x.view_as(x) for x in operands)
         out, lse = _operators.Forward.apply(*operands, *_operators.seed_and_scalars(options), return_lse)
-    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+    elif with_gradients:
         out, lse = _Attention.apply(options, *operands)
     else:
         out, lse = _call.forward(operands, options)
@@ -153,21 +160,20 @@ def flash_attention_backward(
     """
     operands = Operands(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
     tensors = {"dout": dout, **operands._asdict(), "out": out, "lse": lse, "dlse": dlse, "dq": dq, "dk": dk, "dv": dv}
-    optional = ("dlse", "dq", "dk", "dv")
-    _check(tensors, q, optional)
-    _check_seed(seed)
-    if torch.is_grad_enabled():
-        for name, x in tensors.items():
-            if x is not None and x.requires_grad:
-                raise ValueError(
-                    f"{name}: got a tensor that requires gradients; allowed: a detached one, or any in torch.no_grad()"
-                )
+    plain, with_gradients = _survey(tensors, tensors.values(), q)
+    if with_gradients:
+        name = next(name for name, x in tensors.items() if x is not None and x.requires_grad)
+        raise ValueError(
+            f"{name}: got a tensor that requires gradients; allowed: a detached one, or any in torch.no_grad()"
+        )
+    if seed is not None:
+        _check_seed(seed)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     options = Options(
         causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout=layout, backend=backend
     )
     given = {"dq": dq, "dk": dk, "dv": dv}
-    if not _is_seen((dout, *operands, out, lse, dlse)):
+    if plain and not _is_seen():
         return _call.backward(dout, operands, out, lse, dlse, options, **given, accumulate=accumulate, memory=memory)
     for name, x in given.items():
         if x is not None or accumulate:
@@ -203,7 +209,7 @@ class _Attention(torch.autograd.Function):
         return None, dq, dk, dv, None, dsinks[0] if dsinks else None, None, None
 
 
-def _is_seen(tensors: tuple[Any, ...]) -> bool:
+def _is_seen() -> bool:
     """Whether something between the caller and the backend must see operators instead of memory."""
     if torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active():
         # The compiler would trace through the gradient and lose it. Without fullgraph it leaves this to eager mode.
@@ -212,34 +218,43 @@ def _is_seen(tensors: tuple[Any, ...]) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(x is not None and (type(x) not in _PLAIN or x.is_meta) for x in tensors)
     )
 
 
-def _check(tensors: dict[str, Any], q: torch.Tensor, optional: tuple[str, ...] = ()) -> None:
-    """Every operand is a dense tensor on q's device; all else is checked by what computes."""
-    for name, x in tensors.items():
-        if x is None and (name in Operands._field_defaults or name in optional):
+_OPTIONAL = ("alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "dlse", "dq", "dk", "dv")
+
+
+def _survey(names: Iterable[str], tensors: Iterable[Any], q: torch.Tensor) -> tuple[bool, bool]:
+    """Whether all tensors are plain memory, and whether any is to be differentiated; raises for what is no dense
+    tensor on q's device. All else is checked by what computes."""
+    device = q.device
+    plain, with_gradients = device.type != "meta", False
+    for name, x in zip(names, tensors, strict=True):
+        if x is None and name in _OPTIONAL:
             continue
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: got {x!r:.60} ({type(x).__name__}); allowed: a torch.Tensor, as q is one")
-        if x.layout is not torch.strided or x.is_nested:
-            raise TypeError(
-                f"{name}: got a {'nested' if x.is_nested else x.layout} tensor; allowed: a dense tensor "
-                "(sequences of several lengths: packed, with cu_seqlens_q and cu_seqlens_k)"
-            )
-        if is_traceable_wrapper_subclass(x) and hasattr(x, "to_local"):
-            raise TypeError(f"{name}: got a {type(x).__name__}; allowed: the local tensor of a shard (to_local())")
-        if x.device != q.device:
-            raise ValueError(f"{name}: got a tensor on {x.device}; allowed: q's device, {q.device}")
-    if q.device.type not in ("cpu", "cuda", "meta"):
-        raise UnsupportedError(f"q: got a tensor on {q.device}; allowed: the CPU or a CUDA GPU")
+        if type(x) not in _PLAIN or x.device != device or x.layout is not torch.strided or x.is_nested:
+            _check_unusual(name, x, q)
+            plain = False
+        with_gradients = with_gradients or x.requires_grad
+    return plain, with_gradients and torch.is_grad_enabled()
 
 
-def _check_no_tangent(tensors: dict[str, Any]) -> None:
-    if forward_ad._current_level < 0:
-        return
-    for name, x in tensors.items():
+def _check_unusual(name: str, x: Any, q: torch.Tensor) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: got {x!r:.60} ({type(x).__name__}); allowed: a torch.Tensor, as q is one")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(
+            f"{name}: got a {'nested' if x.is_nested else x.layout} tensor; allowed: a dense tensor "
+            "(sequences of several lengths: packed, with cu_seqlens_q and cu_seqlens_k)"
+        )
+    if is_traceable_wrapper_subclass(x) and hasattr(x, "to_local"):
+        raise TypeError(f"{name}: got a {type(x).__name__}; allowed: the local tensor of a shard (to_local())")
+    if x.device != q.device:
+        raise ValueError(f"{name}: got a tensor on {x.device}; allowed: q's device, {q.device}")
+
+
+def _check_no_tangent(operands: Operands) -> None:
+    for name, x in zip(operands._fields, operands, strict=True):
         if x is not None and forward_ad.unpack_dual(x).tangent is not None:
             raise UnsupportedError(
                 f"{name}: got a tensor with a tangent (forward mode); allowed: reverse mode (backward, torch.func.grad)"
@@ -256,8 +271,6 @@ def _check_seed(seed: Any) -> None:
 
 def _cast(operands: Operands, dtype: torch.dtype) -> Operands:
     """For autocast: q, k and v in its dtype but for float64; sinks and slopes follow where they are not float32."""
-    if operands.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return operands
     q, k, v = (x.to(dtype) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in operands[:3])
     alibi_slopes, sinks = (
         x.to(dtype) if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x for x in operands[3:5]

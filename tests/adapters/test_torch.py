@@ -18,6 +18,7 @@ from tests.contract.backends import from_torch
 
 torch = pytest.importorskip("torch")
 _call = pytest.importorskip("cuflash.adapters.torch._call")
+_values = pytest.importorskip("cuflash.adapters.torch._values")
 _cpu = pytest.importorskip("cuflash.adapters.torch._cpu")
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -593,7 +594,7 @@ def test_cpu_tensors_are_not_copied(monkeypatch: pytest.MonkeyPatch):
     for dtype in (torch.bfloat16, torch.float32):
         q, k, v = (x.detach().to(dtype)[:, 1:] for x in operands()[:3])
         tensors = {"q": q, "k": k, "v": v}
-        tensors["out"], tensors["lse"] = _call.forward(_call.Operands(q, k, v), _call.Options())
+        tensors["out"], tensors["lse"] = _call.forward(_values.Operands(q, k, v), _values.Options())
         for name, tensor in tensors.items():
             assert seen[name].__array_interface__["data"][0] == tensor.data_ptr(), name
             assert seen[name].shape == tuple(tensor.shape)
