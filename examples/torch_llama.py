@@ -9,7 +9,7 @@ trains in bfloat16 autocast, on a CPU in float32.
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cuflash.adapters import transformers as cuflash_transformers
 
@@ -26,9 +26,8 @@ def losses(implementation: str, device: str, steps: int) -> list[float]:
         num_attention_heads=8,
         num_key_value_heads=2,
         max_position_embeddings=LENGTH,
-        attn_implementation=implementation,
     )
-    model = LlamaForCausalLM(config).to(device).train()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).to(device).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(0)
     found = []

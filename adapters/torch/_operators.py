@@ -44,9 +44,8 @@ def seed_and_scalars(options: Options) -> tuple[torch.Tensor | None, tuple[Any, 
         seed = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device="cpu")
     if options.dropout_p != 0 and seed is None:
         raise ValueError(f"seed: got None with dropout_p={options.dropout_p}; allowed: an integer in [0, 2**64)")
-    scale, softcap = (None if x is None else float(x) for x in (options.scale, options.softcap))
     more = (options.deterministic, options.allow_tf32, options.layout, options.backend)
-    scalars = (options.causal, *window, scale, softcap, options.dropout_p, *more)
+    scalars = (options.causal, *window, options.scale, options.softcap, options.dropout_p, *more)
     return seed if options.dropout_p else None, scalars
 
 

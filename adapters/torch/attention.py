@@ -100,9 +100,7 @@ def flash_attention(
         for name in ("alibi_slopes", "cu_seqlens_q", "cu_seqlens_k"):
             x = getattr(operands, name)
             if x is not None and x.requires_grad:
-                raise ValueError(
-                    f"{name}: got a tensor that requires gradients; allowed: one that does not (detach it)"
-                )
+                raise ValueError(f"{name}: got a tensor that requires gradients; allowed: a detached one")
     if forward_ad._current_level >= 0:
         _check_no_tangent(operands)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
@@ -227,10 +225,14 @@ _OPTIONAL = ("alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "dlse", "d
 def _survey(names: Iterable[str], tensors: Iterable[Any], q: torch.Tensor) -> tuple[bool, bool]:
     """Whether all tensors are plain memory, and whether any is to be differentiated; raises for what is no dense
     tensor on q's device. All else is checked by what computes."""
+    if not isinstance(q, torch.Tensor):
+        _check_unusual("q", q, q)
     device = q.device
     plain, with_gradients = device.type != "meta", False
     for name, x in zip(names, tensors, strict=True):
-        if x is None and name in _OPTIONAL:
+        if x is None:
+            if name not in _OPTIONAL:
+                _check_unusual(name, x, q)
             continue
         if type(x) not in _PLAIN or x.device != device or x.layout is not torch.strided or x.is_nested:
             _check_unusual(name, x, q)
@@ -241,7 +243,7 @@ def _survey(names: Iterable[str], tensors: Iterable[Any], q: torch.Tensor) -> tu
 
 def _check_unusual(name: str, x: Any, q: torch.Tensor) -> None:
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: got {x!r:.60} ({type(x).__name__}); allowed: a torch.Tensor, as q is one")
+        raise TypeError(f"{name}: got {x!r:.60} ({type(x).__name__}); allowed: a torch.Tensor")
     if x.layout is not torch.strided or x.is_nested:
         raise TypeError(
             f"{name}: got a {'nested' if x.is_nested else x.layout} tensor; allowed: a dense tensor "

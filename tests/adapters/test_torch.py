@@ -643,11 +643,18 @@ def test_bad_input(row: tuple[Change, str, type[Exception]], grad: bool):
         cuflash.flash_attention(**({"q": q, "k": k, "v": v} | change))
 
 
+def test_the_adapter_itself_takes_tensors_only():
+    arrays = [from_torch(x) for x in operands(grad=False)[:3]]
+    with pytest.raises(TypeError, match=r"q: got .*ndarray.*allowed: a torch.Tensor"):
+        cuflash.adapters.torch.flash_attention(*arrays)
+
+
 @compiles
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"window_size": 3}, "window_size"),
+        ({"scale": "1"}, "scale"),
         ({"dropout_p": 0.1}, "seed"),
         ({"layout": "sbhd"}, "layout"),
         ({"softcap": -1.0}, "softcap"),
