@@ -215,6 +215,25 @@ class Backward(torch.autograd.Function):
         return tuple(folding.unfold(x, axis) for x, axis in zip(gradients, axes, strict=True)), axes
 
 
+def _differentiable_forward(*arguments: Any) -> Any:
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
+        return Forward.apply(*arguments[:8], arguments[8:], True)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.cuflash.fwd(*arguments)
+
+
+def _differentiable_backward(*arguments: Any) -> Any:
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
+        return list(Backward.apply(*arguments[:12], arguments[12:-1], arguments[-1]))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.cuflash.bwd(*arguments)
+
+
+# For those who call the operators themselves, as an exported program does.
+_library.impl("fwd", _differentiable_forward, "Autograd")
+_library.impl("bwd", _differentiable_backward, "Autograd")
+
+
 def last_contiguous(x: torch.Tensor) -> torch.Tensor:
     """A gradient that arrives in any strides (a sum's is expanded) with its last axis contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()

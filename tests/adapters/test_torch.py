@@ -368,6 +368,12 @@ def test_export(strict: bool, device: str):
     inputs = operands(device, q_len=21, kv_len=21, grad=False)[:3]
     assert_same(program.module()(*inputs), Attention()(*inputs))
     assert torch.ops.cuflash.fwd.default in {node.target for node in program.graph.nodes}
+    inputs = operands(device, q_len=21, kv_len=21)[:3]
+    found, expected = (
+        gradients(lambda *x: sum(y.square().sum() for y in module(*x)), inputs)  # noqa: B023
+        for module in (program.module(), Attention())
+    )
+    assert_same(found, expected)
 
 
 OPERATOR_CASES: dict[str, dict[str, Any]] = {
@@ -380,20 +386,22 @@ OPERATOR_CASES: dict[str, dict[str, Any]] = {
 
 
 @compiles
-@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
 @pytest.mark.parametrize("name", OPERATOR_CASES)
-def test_opcheck(name: str, device: str):
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck(name: str, grad: bool, device: str):
     case = {"layout": "bshd", "sinks": False, "packed": False} | OPERATOR_CASES[name]
-    q, k, v, sinks = operands(device, q_len=8, kv_len=8, grad=False)
+    q, k, v, sinks = operands(device, q_len=8, kv_len=8, grad=grad)
     ends = None
     if case["packed"]:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         ends = torch.tensor([0, 5, 5, 14], device=device)
     if case["layout"] == "bhsd":
         q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+    q, k, v = (x.detach().requires_grad_(grad) for x in (q, k, v))
     inputs = (q, k, v, None, sinks if case["sinks"] else None, ends, ends)
     more = (torch.tensor(3), True, 3, None, 0.3, 2.0, 0.2, False, False, case["layout"], None)
     torch.library.opcheck(torch.ops.cuflash.fwd.default, (*inputs, *more))
+    inputs = tuple(None if x is None else x.detach() for x in inputs)
     out, lse = torch.ops.cuflash.fwd(*inputs, *more)
     backward = (torch.ones_like(out), *inputs, out, lse, torch.ones_like(lse), *more, "fast")
     torch.library.opcheck(torch.ops.cuflash.bwd.default, backward)
