@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from cuflash import UnsupportedError
 from cuflash.adapters.torch._call import fresh_seed
 from cuflash.adapters.torch.attention import flash_attention
-from cuflash.errors import UnsupportedError
 
 __all__ = [
     "flash_attn_func",

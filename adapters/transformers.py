@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from cuflash import UnsupportedError
 from cuflash.adapters.torch._call import fresh_seed
 from cuflash.adapters.torch.attention import flash_attention
 from cuflash.adapters.torch.packing import Packing
-from cuflash.errors import UnsupportedError
 
 NAME = "cuattention"  # a name with "flash" in it would make transformers look for the package flash-attn
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from cuflash import UnsupportedError
 from cuflash.adapters.torch import _cpu, _cuda
 from cuflash.adapters.torch._values import Operands, Options
-from cuflash.errors import UnsupportedError
 
 
 def forward(operands: Operands, options: Options) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,7 @@
 """What torch.compile, export and functorch's transforms see: two operators, and two Functions around them.
 
-The operators have schemas, fake implementations and no autograd formula: a formula registered with an operator fails
-under `torch.func.grad`. The Functions carry the gradient and the rules of vmap.
+The operators have schemas and fake implementations. The Functions carry the gradient and the rules of vmap; a formula
+given to `torch.library.register_autograd` instead fails under `torch.func.grad`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
+from cuflash import UnsupportedError
 from cuflash.adapters.torch import _call
 from cuflash.adapters.torch._values import Operands, Options
-from cuflash.errors import UnsupportedError
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
@@ -22,6 +22,7 @@ _SCALARS = (
     "Tensor? seed, bool causal, SymInt? window_left, SymInt? window_right, float? scale, float? softcap, "
     "float dropout_p, bool deterministic, bool allow_tf32, str layout, str? backend"
 )
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 _library = torch.library.Library("cuflash", "DEF")
@@ -75,13 +76,13 @@ def _fake_forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != rank:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}; allowed: {rank} axes")
-        if not x.is_floating_point() or x.dtype != q.dtype:
-            raise TypeError(f"{name}: got dtype {x.dtype}; allowed: a floating dtype, the same for q, k and v")
+        if x.dtype not in _DTYPES or x.dtype != q.dtype:
+            raise TypeError(f"{name}: got dtype {x.dtype}; allowed: one of {_DTYPES}, the same for q, k and v")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k: got shape {tuple(k.shape)}; allowed: q's head_dim, {q.shape[-1]}")
     if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(f"v: got shape {tuple(v.shape)}; allowed: k's shape but for the last axis, {tuple(k.shape)}")
-    if q.shape[heads_axis] % k.shape[heads_axis] != 0:
+    if k.shape[heads_axis] == 0 or q.shape[heads_axis] % k.shape[heads_axis] != 0:
         raise ValueError(
             f"k: got {k.shape[heads_axis]} heads; allowed: a number of heads that divides q's {q.shape[heads_axis]}"
         )
@@ -108,8 +109,6 @@ torch.library.register_fake("cuflash::bwd", _fake_backward, lib=_library)
 
 
 # ---- the Functions -----------------------------------------------------------------------------------------------
-
-
 # torch.compile tells a forward without a context by the number of its parameters, so that none of them is *arguments.
 
 

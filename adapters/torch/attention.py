@@ -14,9 +14,9 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from cuflash import UnsupportedError
 from cuflash.adapters.torch import _call, _operators
 from cuflash.adapters.torch._values import Operands, Options
-from cuflash.errors import UnsupportedError
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
+from cuflash import UnsupportedError
 from cuflash.adapters.torch._call import fresh_seed
 from cuflash.adapters.torch.attention import flash_attention
 from cuflash.adapters.torch.packing import Packing, equal_lengths
-from cuflash.errors import UnsupportedError
 
 _torch_own = torch.nn.functional.scaled_dot_product_attention
 
