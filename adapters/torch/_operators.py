@@ -33,7 +33,7 @@ _library.define(
 )
 
 
-def seed_and_scalars(options: Options) -> tuple[torch.Tensor | None, tuple[Any, ...]]:
+def _seed_and_scalars(options: Options) -> tuple[torch.Tensor | None, tuple[Any, ...]]:
     """The options as the operators take them."""
     window = (None, None) if options.window_size is None else options.window_size
     if not isinstance(window, (tuple, list)) or len(window) != 2:
@@ -58,11 +58,11 @@ def _options(seed: torch.Tensor | None, *scalars: Any) -> Options:
     )
 
 
-def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _compute_forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _call.forward(Operands(*arguments[:7]), _options(*arguments[7:]))
 
 
-def _backward(dout: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
+def _compute_backward(dout: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
     operands, (out, lse, dlse), (*scalars, memory) = Operands(*arguments[:7]), arguments[7:10], arguments[10:]
     return list(_call.backward(dout, operands, out, lse, dlse, _options(*scalars), memory=memory))
 
@@ -102,82 +102,76 @@ def _fake_backward(dout: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
 
 
 for _key in ("CPU", "CUDA"):
-    _library.impl("fwd", _forward, _key)
-    _library.impl("bwd", _backward, _key)
+    _library.impl("fwd", _compute_forward, _key)
+    _library.impl("bwd", _compute_backward, _key)
 torch.library.register_fake("cuflash::fwd", _fake_forward, lib=_library)
 torch.library.register_fake("cuflash::bwd", _fake_backward, lib=_library)
 
 
+def forward(operands: Operands, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse), differentiable: the compiler takes the operator as it is, all else the Function."""
+    seed, scalars = _seed_and_scalars(options)
+    if torch.compiler.is_compiling():
+        return torch.ops.cuflash.fwd(*operands, seed, *scalars)
+    return Forward.apply(*operands, seed, scalars)
+
+
+def backward(
+    dout: torch.Tensor,
+    operands: Operands,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    options: Options,
+    *,
+    memory: str = "fast",
+) -> tuple[torch.Tensor, ...]:
+    """The gradients, whose derivative raises."""
+    seed, scalars = _seed_and_scalars(options)
+    if torch.compiler.is_compiling():
+        return tuple(torch.ops.cuflash.bwd(dout, *operands, out, lse, dlse, seed, *scalars, memory))
+    return Backward.apply(dout, *operands, out, lse, dlse, seed, scalars, memory)
+
+
 # ---- the Functions -----------------------------------------------------------------------------------------------
-# torch.compile tells a forward without a context by the number of its parameters, so that none of them is *arguments.
 
 
 class Forward(torch.autograd.Function):
-    """(out, lse) of the operator `fwd`; `with_lse` says whether the caller will see the LSE."""
+    """(out, lse) of the operator `fwd`, from its tensors and a tuple of its scalars."""
 
     @staticmethod
-    def forward(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        alibi_slopes: torch.Tensor | None,
-        sinks: torch.Tensor | None,
-        cu_seqlens_q: torch.Tensor | None,
-        cu_seqlens_k: torch.Tensor | None,
-        seed: torch.Tensor | None,
-        scalars: tuple[Any, ...],
-        with_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ops.cuflash.fwd(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seed, *scalars)
+    def forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        *tensors, scalars = inputs
+        return torch.ops.cuflash.fwd(*tensors, *scalars)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        *tensors, ctx.scalars, ctx.with_lse = inputs
+        *tensors, ctx.scalars = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        dout, dlse = gradients
         *operands, seed, out, lse = ctx.saved_tensors
-        dlse = last_contiguous(dlse) if ctx.with_lse else None
-        dout = last_contiguous(dout)
-        if torch.compiler.is_compiling():  # nothing is differentiated again
-            results = torch.ops.cuflash.bwd(dout, *operands, out, lse, dlse, seed, *ctx.scalars, "fast")
-        else:
-            results = Backward.apply(dout, *operands, out, lse, dlse, seed, ctx.scalars, "fast")
-        dq, dk, dv, *dsinks = results
-        return dq, dk, dv, None, dsinks[0] if dsinks else None, None, None, None, None, None
+        dout, dlse = arrived(gradients, out)
+        dq, dk, dv, *dsinks = Backward.apply(dout, *operands, out, lse, dlse, seed, ctx.scalars, "fast")
+        return dq, dk, dv, None, dsinks[0] if dsinks else None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        *operands, seed, scalars, with_lse = inputs
+        *operands, seed, scalars = inputs
         folding = _Folding.of(info, in_dims[:8], operands, scalars)
-        out, lse = Forward.apply(*folding.operands(operands, in_dims[:7]), seed, scalars, with_lse)
+        out, lse = Forward.apply(*folding.operands(operands, in_dims[:7]), seed, scalars)
         return (folding.unfold(out), folding.unfold(lse, folding.lse_axis)), (folding.axis, folding.lse_axis)
 
 
 class Backward(torch.autograd.Function):
-    """The gradients, a tuple, of the operator `bwd`."""
+    """The gradients, a tuple, of the operator `bwd`, from its tensors, a tuple of its scalars and `memory`."""
 
     @staticmethod
-    def forward(
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        alibi_slopes: torch.Tensor | None,
-        sinks: torch.Tensor | None,
-        cu_seqlens_q: torch.Tensor | None,
-        cu_seqlens_k: torch.Tensor | None,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        dlse: torch.Tensor | None,
-        seed: torch.Tensor | None,
-        scalars: tuple[Any, ...],
-        memory: str,
-    ) -> tuple[torch.Tensor, ...]:
-        operands = (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
-        return tuple(torch.ops.cuflash.bwd(dout, *operands, out, lse, dlse, seed, *scalars, memory))
+    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        *tensors, scalars, memory = inputs
+        return tuple(torch.ops.cuflash.bwd(*tensors, *scalars, memory))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -216,7 +210,7 @@ class Backward(torch.autograd.Function):
 
 def _differentiable_forward(*arguments: Any) -> Any:
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
-        return Forward.apply(*arguments[:8], arguments[8:], True)
+        return Forward.apply(*arguments[:8], arguments[8:])
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.cuflash.fwd(*arguments)
 
@@ -228,13 +222,20 @@ def _differentiable_backward(*arguments: Any) -> Any:
         return torch.ops.cuflash.bwd(*arguments)
 
 
-# For those who call the operators themselves, as an exported program does.
+# For those who call the operators themselves: the compiler, and an exported program.
 _library.impl("fwd", _differentiable_forward, "Autograd")
 _library.impl("bwd", _differentiable_backward, "Autograd")
 
 
-def last_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """A gradient that arrives in any strides (a sum's is expanded) with its last axis contiguous."""
+def arrived(gradients: tuple[Any, ...], out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dout and dlse from what autograd gives: None for a result that was not used, and any strides."""
+    dout, dlse = gradients
+    dout = torch.zeros_like(out) if dout is None else _last_contiguous(dout)
+    return dout, None if dlse is None else _last_contiguous(dlse)
+
+
+def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """The gradient of a sum, for one, is expanded: its last axis is not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -281,7 +282,7 @@ class _Folding(NamedTuple):
             return None
         axis = self.axis if axis is None else axis
         x = x.expand(self.size, *x.shape) if dim is None else x.movedim(dim, 0)
-        return last_contiguous(x.movedim(0, axis).flatten(axis, axis + 1))
+        return _last_contiguous(x.movedim(0, axis).flatten(axis, axis + 1))
 
     def unfold(self, x: torch.Tensor, axis: int | None = None) -> torch.Tensor:
         axis = self.axis if axis is None else axis

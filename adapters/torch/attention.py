@@ -111,9 +111,7 @@ def flash_attention(
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         operands = _cast(operands, torch.get_autocast_dtype(device_type))
     if not plain or _is_seen():
-        if torch.compiler.is_compiling():  # which takes no tensor twice, such as boundaries of queries and keys
-            operands = Operands._make(None if x is None else x.view_as(x) for x in operands)
-        out, lse = _operators.Forward.apply(*operands, *_operators.seed_and_scalars(options), return_lse)
+        out, lse = _operators.forward(operands, options)
     elif with_gradients:
         out, lse = _Attention.apply(options, *operands)
     else:
@@ -178,7 +176,7 @@ def flash_attention_backward(
             raise UnsupportedError(
                 f"{name}: got a tensor to write to while torch traces or transforms the call; allowed: None"
             )
-    return _operators.Backward.apply(dout, *operands, out, lse, dlse, *_operators.seed_and_scalars(options), memory)
+    return _operators.backward(dout, operands, out, lse, dlse, options, memory=memory)
 
 
 class _Attention(torch.autograd.Function):
@@ -194,13 +192,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        dout, dlse = gradients
         *operands, out, lse = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else _operators.last_contiguous(dout)
-        dlse = None if dlse is None else _operators.last_contiguous(dlse)
+        dout, dlse = _operators.arrived(gradients, out)
         if torch.is_grad_enabled():  # create_graph=True: the gradients carry a derivative, which raises
-            seed, scalars = _operators.seed_and_scalars(ctx.options)
-            results = _operators.Backward.apply(dout, *operands, out, lse, dlse, seed, scalars, "fast")
+            results = _operators.backward(dout, Operands(*operands), out, lse, dlse, ctx.options)
         else:
             results = _call.backward(dout, Operands(*operands), out, lse, dlse, ctx.options)
         dq, dk, dv, *dsinks = results

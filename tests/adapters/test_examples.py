@@ -15,7 +15,6 @@ def main_of(name: str) -> Any:
     return runpy.run_path(str(EXAMPLES / name))["main"]
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_torch_module():
     pytest.importorskip("torch")
     assert main_of("torch_module.py")() > 0.9

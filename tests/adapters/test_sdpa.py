@@ -133,7 +133,6 @@ def test_dropout_follows_torch_manual_seed(device: str):
     assert not torch.equal(first, second)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled(device: str):
     torch._dynamo.reset()
     backend = "aot_eager" if device == "cpu" else "inductor"

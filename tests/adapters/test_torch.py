@@ -23,9 +23,6 @@ _cpu = pytest.importorskip("cuflash.adapters.torch._cpu")
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
-# torch.compile makes an object of torch.autograd.Function, which torch itself has deprecated
-compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
 
 def dtype_on(device: str) -> torch.dtype:
     return torch.float64 if device == "cpu" else torch.float32
@@ -288,7 +285,6 @@ def compiled(function: Callable[..., Any], device: str, **options: Any) -> Calla
     return torch.compile(function, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor", **options)
 
 
-@compiles
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_compile_fullgraph(with_sinks: bool, device: str):
     inputs = operands(device)[: 3 + with_sinks]
@@ -299,7 +295,6 @@ def test_compile_fullgraph(with_sinks: bool, device: str):
         assert_same(fast(*inputs), loss(*inputs))
 
 
-@compiles
 def test_compile_with_changing_lengths(device: str):
     fast = compiled(loss, device, dynamic=True)
     torch._dynamo.utils.counters.clear()
@@ -309,7 +304,6 @@ def test_compile_with_changing_lengths(device: str):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@compiles
 def test_compile_packed_windowed_and_autocast(device: str):
     ends = torch.tensor([0, 3, 9], device=device)
     inputs = [normal(9, HEADS, DIM, device=device, seed=i).float().detach().requires_grad_() for i in range(3)]
@@ -324,14 +318,12 @@ def test_compile_packed_windowed_and_autocast(device: str):
     assert_same(gradients(fast, inputs), gradients(step, inputs))
 
 
-@compiles
 def test_compile_one_tensor_as_all_three(device: str):
     x = operands(device)[1]
     fast = compiled(lambda x: loss(x, x, x), device)
     assert_same(gradients(fast, [x]), gradients(lambda x: loss(x, x, x), [x]))
 
 
-@compiles
 def test_a_compiled_seed_may_be_a_tensor(device: str):
     inputs = operands(device)[:3]
     fast = compiled(lambda q, k, v, seed: attend(q, k, v, dropout_p=0.5, seed=seed), device)
@@ -339,7 +331,6 @@ def test_a_compiled_seed_may_be_a_tensor(device: str):
         assert_same(fast(*inputs, torch.tensor(seed)), attend(*inputs, dropout_p=0.5, seed=seed % 2**64))
 
 
-@compiles
 def test_compile_under_functorch_never_loses_the_gradient():
     inputs = operands(grad=False)
     function = torch.func.grad(loss, argnums=(0, 1, 2, 3))
@@ -355,7 +346,6 @@ class Attention(torch.nn.Module):
         return attend(q, k, v, window_size=(3, None), return_lse=True)
 
 
-@compiles
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict: bool, device: str):
     length = torch.export.Dim("length", min=2, max=1024)
@@ -385,7 +375,6 @@ OPERATOR_CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@compiles
 @pytest.mark.parametrize("name", OPERATOR_CASES)
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(name: str, grad: bool, device: str):
@@ -657,7 +646,6 @@ def test_the_adapter_itself_takes_tensors_only():
         cuflash.adapters.torch.flash_attention(*arrays)
 
 
-@compiles
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -705,7 +693,6 @@ def test_the_backward_by_hand(device: str):
         cuflash.flash_attention_backward(dout, *(x.detach() for x in (q, k, v)), dout, lse.detach().to("meta"))
 
 
-@compiles
 def test_the_backward_by_hand_compiled():
     q, k, v, _ = operands(grad=False)
     out, lse = attend(q, k, v, return_lse=True)

@@ -135,7 +135,6 @@ def test_boundaries_of_a_collator(device: str):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("side", ["none", "left"])
 def test_compiled(side: str, device: str):
     torch._dynamo.reset()
