@@ -158,6 +158,10 @@ class Forward(torch.autograd.Function):
         return dq, dk, dv, None, dsinks[0] if dsinks else None, None, None, None, None
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _refuse_forward_mode()
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         *operands, seed, scalars = inputs
         folding = _Folding.of(info, in_dims[:8], operands, scalars)
@@ -183,6 +187,10 @@ class Backward(torch.autograd.Function):
             "double backward: got a derivative of attention's gradients; allowed: first derivatives "
             "(torch.nn.functional.scaled_dot_product_attention has second ones with SDPBackend.MATH)"
         )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _refuse_forward_mode()
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -225,6 +233,12 @@ def _differentiable_backward(*arguments: Any) -> Any:
 # For those who call the operators themselves: the compiler, and an exported program.
 _library.impl("fwd", _differentiable_forward, "Autograd")
 _library.impl("bwd", _differentiable_backward, "Autograd")
+
+
+def _refuse_forward_mode() -> NoReturn:
+    raise UnsupportedError(
+        "forward mode: got a tangent of q, k, v or sinks; allowed: reverse mode (backward, torch.func.grad, jacrev)"
+    )
 
 
 def arrived(gradients: tuple[Any, ...], out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -101,8 +101,6 @@ def flash_attention(
             x = getattr(operands, name)
             if x is not None and x.requires_grad:
                 raise ValueError(f"{name}: got a tensor that requires gradients; allowed: a detached one")
-    if forward_ad._current_level >= 0:
-        _check_no_tangent(operands)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     options = Options(
         causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout=layout, backend=backend
@@ -211,6 +209,7 @@ def _is_seen() -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
     )
 
 
@@ -248,14 +247,6 @@ def _check_unusual(name: str, x: Any, q: torch.Tensor) -> None:
         raise TypeError(f"{name}: got a {type(x).__name__}; allowed: the local tensor of a shard (to_local())")
     if x.device != q.device:
         raise ValueError(f"{name}: got a tensor on {x.device}; allowed: q's device, {q.device}")
-
-
-def _check_no_tangent(operands: Operands) -> None:
-    for name, x in zip(operands._fields, operands, strict=True):
-        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
-            raise UnsupportedError(
-                f"{name}: got a tensor with a tangent (forward mode); allowed: reverse mode (backward, torch.func.grad)"
-            )
 
 
 def _check_seed(seed: Any) -> None:

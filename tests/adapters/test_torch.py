@@ -151,8 +151,8 @@ scripts = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:
     [
         (double_backward, "double backward"),
         (double_grad, "double backward"),
-        (dual_numbers, "v: got a tensor with a tangent"),
-        (functional_jvp, "v: got a tensor with a tangent"),
+        (dual_numbers, "forward mode: got a tangent of q, k, v"),
+        (functional_jvp, "forward mode: got a tangent of q, k, v"),
     ],
 )
 def test_derivatives_that_do_not_exist(derivative: Callable[..., Any], names: str, device: str):
@@ -163,7 +163,7 @@ def test_derivatives_that_do_not_exist(derivative: Callable[..., Any], names: st
 @scripts
 def test_forward_mode_of_a_gradient_raises():
     q, k, v, _ = operands(grad=False)
-    with pytest.raises((RuntimeError, cuflash.UnsupportedError), match=r"forward AD|tangent|jvp"):
+    with pytest.raises(cuflash.UnsupportedError, match="forward mode"):
         torch.func.jvp(torch.func.grad(lambda q: attend(q, k, v).sum()), (q,), (q,))
 
 
