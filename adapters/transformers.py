@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from cuflash import UnsupportedError
@@ -94,8 +95,7 @@ def attention(
     if attention_mask.dtype != torch.bool:
         boundaries = _boundaries(attention_mask[:, :kv_len])
         return _packed(q, k, v, boundaries, boundaries, options), None
-    keys = Packing.of(attention_mask[:, :kv_len])
-    queries = Packing.of(attention_mask[:, kv_len:])
+    queries, keys = _packings(attention_mask, q_len, kv_len)
     packed = flash_attention(
         queries.pack(q),
         keys.pack(k),
@@ -189,6 +189,21 @@ def _parts(mask_function: Callable[..., Any] | None) -> Iterator[Callable[..., A
 def _captured(function: Callable[..., Any]) -> Mapping[str, Any]:
     """The variables of the surrounding function that a function uses."""
     return inspect.getclosurevars(function).nonlocals
+
+
+_packings_of_masks = WeakTensorKeyDictionary()
+
+
+def _packings(mask: torch.Tensor, q_len: int, kv_len: int) -> tuple[Packing, Packing]:
+    """Of the queries and of the keys; made by the first layer that sees a mask, for all that see the same one."""
+    eager = not torch.compiler.is_compiling()
+    if eager and mask in _packings_of_masks:
+        return _packings_of_masks[mask]
+    keys = Packing.of(mask[:, :kv_len])
+    queries = keys if q_len == kv_len else Packing.of(mask[:, kv_len:])
+    if eager:
+        _packings_of_masks[mask] = queries, keys
+    return queries, keys
 
 
 def _boundaries(sequences: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -94,6 +95,18 @@ def test_padding_is_not_looked_at(device: str):
     ids[mask == 0] = 5
     found = network(input_ids=ids, attention_mask=mask).logits
     assert torch.equal(found[mask == 1], expected[mask == 1])
+
+
+def test_a_mask_is_packed_once_and_forgotten(monkeypatch: pytest.MonkeyPatch):
+    made = []
+    of = adapter.Packing.of
+    monkeypatch.setattr(adapter.Packing, "of", lambda kept: (made.append(kept.shape), of(kept))[1])
+    network = model("llama", adapter.NAME)
+    with torch.no_grad():
+        network(tokens(), attention_mask=padding("left"), use_cache=False)
+    assert made == [(3, LENGTH)], "one packing for queries and keys of both layers"
+    gc.collect()
+    assert len(adapter._packings_of_masks) == 0
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
