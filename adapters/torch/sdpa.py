@@ -75,18 +75,12 @@ def scaled_dot_product_attention(
     heads, kv_heads, kv_len = query.shape[-3], key.shape[-3], key.shape[-2]
     if not enable_gqa and kv_heads not in (heads, 1):
         raise ValueError(f"key: got {kv_heads} heads for query's {heads}; allowed: as many, or enable_gqa=True")
-    try:
-        leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    except RuntimeError as error:
-        raise ValueError(
-            f"key: got shape {tuple(key.shape)}, value {tuple(value.shape)}; allowed: leading axes that broadcast "
-            f"against query's, {tuple(query.shape)}"
-        ) from error
-    batch = math.prod(leading)
+    leading = query.shape[:-3]
+    if key.shape[:-3] != leading or value.shape[:-3] != leading:
+        leading = _broadcast(query, key, value)
+        query, key, value = (x.expand(*leading, *x.shape[-3:]) for x in (query, key, value))
     # Lengths before heads, as models hold them: the output then lies in memory as theirs from torch's own does.
-    q, k, v = (
-        x.expand(*leading, *x.shape[-3:]).reshape(batch, *x.shape[-3:]).transpose(1, 2) for x in (query, key, value)
-    )
+    q, k, v = (_one_batch_axis(x).transpose(1, 2) for x in (query, key, value))
     options: dict[str, Any] = {"scale": scale}
     if dropout_p != 0:
         options |= {"dropout_p": dropout_p, "seed": fresh_seed()}
@@ -107,8 +101,24 @@ def scaled_dot_product_attention(
         out = _causal_from_the_top_left(q, k, v, options)
     else:
         out = flash_attention(q, k, v, **options)
-    out = out.transpose(1, 2).unflatten(0, leading)
+    out = out.transpose(1, 2)
+    if len(leading) != 1:
+        out = out.unflatten(0, leading)
     return out.squeeze(-3) if without_heads else out
+
+
+def _broadcast(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    except RuntimeError as error:
+        raise ValueError(
+            f"key: got shape {tuple(key.shape)}, value {tuple(value.shape)}; allowed: leading axes that broadcast "
+            f"against query's, {tuple(query.shape)}"
+        ) from error
+
+
+def _one_batch_axis(x: torch.Tensor) -> torch.Tensor:
+    return x if x.ndim == 4 else x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
 
 
 def _causal_from_the_top_left(
