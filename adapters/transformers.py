@@ -5,7 +5,7 @@
     cuflash_transformers.register()
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation=cuflash_transformers.NAME)
 
-Padded batches are packed inside: padding tokens are neither computed with nor waited for, and their outputs are 0.
+Padded batches are packed inside: what is padding is not computed with. In causal models its outputs are 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from cuflash import UnsupportedError
 from cuflash.adapters.torch._call import fresh_seed
 from cuflash.adapters.torch.attention import flash_attention
-from cuflash.adapters.torch.packing import Packing
+from cuflash.adapters.torch.packing import Packing, equal_lengths
 
 NAME = "cuattention"  # a name with "flash" in it would make transformers look for the package flash-attn
 
@@ -96,15 +96,13 @@ def attention(
         boundaries = _boundaries(attention_mask[:, :kv_len])
         return _packed(q, k, v, boundaries, boundaries, options), None
     queries, keys = _packings(attention_mask, q_len, kv_len)
-    packed = flash_attention(
-        queries.pack(q),
-        keys.pack(k),
-        keys.pack(v),
-        cu_seqlens_q=queries.cu_seqlens,
-        cu_seqlens_k=keys.cu_seqlens,
-        **options,
-    )
-    return queries.unpack(packed, batch), None
+    packed_keys = {"k": keys.pack(k), "v": keys.pack(v), "cu_seqlens_k": keys.cu_seqlens}
+    if not causal and reach is None:  # queries have no place among the keys; those of another sequence have no mask
+        ends = equal_lengths(batch, q_len, q.device)
+        out = flash_attention(q.flatten(0, 1), cu_seqlens_q=ends, **packed_keys, **options)
+        return out.unflatten(0, (batch, q_len)), None
+    out = flash_attention(queries.pack(q), cu_seqlens_q=queries.cu_seqlens, **packed_keys, **options)
+    return queries.unpack(out, batch), None
 
 
 def attention_mask(
@@ -116,6 +114,7 @@ def attention_mask(
     mask_function: Callable[..., Any] | None = None,
     attention_mask: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool | None = None,
     use_vmap: bool = False,
     local_size: int | None = None,
     config: Any = None,
@@ -128,10 +127,11 @@ def attention_mask(
     is there. Causal masks and windows are the attention's own. Raises UnsupportedError for a mask that none of this
     can say.
     """
+    bidirectional = allow_is_bidirectional_skip is not None  # only such masks are asked for with it
     sequences = None
     if torch.compiler.is_compiling():  # functions cannot be looked into here
         chunked = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
-        if use_vmap or chunked or not (allow_is_causal_skip or q_length == 1):
+        if use_vmap or chunked or not (allow_is_causal_skip or allow_is_bidirectional_skip or q_length == 1):
             raise UnsupportedError(
                 "mask_function: got a mask under torch.compile that may be more than causal, a window and padding; "
                 "allowed: these (give the model an attention_mask, so that it does not look for packed sequences)"
@@ -147,11 +147,13 @@ def attention_mask(
                 )
     if sequences is not None:
         return torch.cat((sequences, sequences), dim=1)
-    columns = torch.arange(kv_length, device=device) + kv_offset
     last = q_offset + q_length
-    if attention_mask is None and not isinstance(last, torch.Tensor) and last == kv_offset + kv_length:
+    whole = bidirectional or (not isinstance(last, torch.Tensor) and last == kv_offset + kv_length)
+    if attention_mask is None and whole:
         return None
-    there = columns < last  # a cache of fixed size has room for tokens to come
+    # A cache of fixed size has room for tokens to come.
+    columns = torch.arange(kv_length, device=device) + kv_offset
+    there = torch.ones_like(columns, dtype=torch.bool) if whole else columns < last
     if attention_mask is not None:
         missing = max(kv_offset + kv_length - attention_mask.shape[1], 0)
         padded = torch.nn.functional.pad(attention_mask.bool(), (0, missing))
@@ -159,8 +161,11 @@ def attention_mask(
     there = there.expand(batch_size, kv_length)
     if not torch.compiler.is_compiling() and there.all():
         return None
-    places = torch.arange(q_length, device=device) + (q_offset - kv_offset)
-    return torch.cat((there, there.index_select(1, places)), dim=1)
+    if bidirectional and q_length != kv_length:  # the queries are of another sequence
+        queries = there.new_ones(batch_size, q_length)
+    else:
+        queries = there.index_select(1, torch.arange(q_length, device=device) + (q_offset - kv_offset))
+    return torch.cat((there, queries), dim=1)
 
 
 _KNOWN_MASKS = (

@@ -42,6 +42,11 @@ def model(kind: str, implementation: str, device: str = "cpu") -> Any:
     elif kind == "gemma2, softcap and a window in every other layer":
         config = transformers.Gemma2Config(**SIZES, head_dim=16, sliding_window=7, query_pre_attn_scalar=16)
         made = transformers.Gemma2ForCausalLM
+    elif kind == "modernbert, a window to both sides":
+        config = transformers.ModernBertConfig(
+            **SIZES, local_attention=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
+        )
+        made = transformers.ModernBertForMaskedLM
     else:
         assert kind == "bert, not causal"
         config = transformers.BertConfig(**{name: x for name, x in SIZES.items() if name != "num_key_value_heads"})
@@ -55,6 +60,7 @@ KINDS = [
     "mistral, a window",
     "gemma2, softcap and a window in every other layer",
     "bert, not causal",
+    "modernbert, a window to both sides",
 ]
 
 
@@ -86,6 +92,39 @@ def test_logits_and_gradients(kind: str, side: str, device: str):
     expected = logits_and_gradients(model(kind, "eager", device), mask)
     found = logits_and_gradients(model(kind, adapter.NAME, device), mask)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("q_len", [5, LENGTH, LENGTH + 6])
+def test_an_encoder_and_a_decoder(q_len: int, device: str):
+    """Queries that are no keys: the padding of the encoder's tokens says nothing of them."""
+
+    def run(implementation: str) -> tuple[Any, ...]:
+        torch.manual_seed(0)
+        config = transformers.BartConfig(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            max_position_embeddings=64,
+        )
+        config._attn_implementation = implementation
+        network = transformers.BartForConditionalGeneration(config).to(device).eval()
+        targets = torch.randint(3, VOCABULARY, (3, q_len), generator=torch.Generator().manual_seed(2)).to(device)
+        logits = network(
+            input_ids=tokens(device),
+            attention_mask=padding("right", device),
+            decoder_input_ids=targets,
+            decoder_attention_mask=torch.ones_like(targets),
+            use_cache=False,
+        ).logits
+        logits.square().mean().backward()
+        return logits.detach(), *(x.grad for x in network.parameters() if x.grad is not None)
+
+    torch.testing.assert_close(run(adapter.NAME), run("eager"), rtol=1e-4, atol=2e-6)
 
 
 def test_padding_is_not_looked_at(device: str):
@@ -149,10 +188,13 @@ def test_boundaries_of_a_collator(device: str):
 
 
 @pytest.mark.parametrize("side", ["none", "left"])
-def test_compiled(side: str, device: str):
+@pytest.mark.parametrize("kind", ["llama", "bert, not causal"])
+def test_compiled(kind: str, side: str, device: str):
     torch._dynamo.reset()
-    network = model("llama", adapter.NAME, device)
-    more = {"attention_mask": padding(side, device), "use_cache": False}
+    network = model(kind, adapter.NAME, device)
+    more: dict[str, Any] = {"attention_mask": padding(side, device)}
+    if kind == "llama":
+        more["use_cache"] = False
     backend = "aot_eager" if device == "cpu" else "inductor"
     fast = torch.compile(network, fullgraph=True, backend=backend)
     expected = network(tokens(device), **more).logits
