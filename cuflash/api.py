@@ -6,6 +6,8 @@ such as the seed and cu_seqlens on the CPU, are looked at in every call.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -102,9 +104,10 @@ def flash_attention(
     UnsupportedError
         What this GPU or build cannot do, and what to do instead.
     """
+    if type(q) not in arrays.NATIVE and _adapter(q) is not None:
+        return _adapter(q).flash_attention(**locals())
     check_flag("return_lse", return_lse)
-    given = (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
-    inputs = _operands(plans.INPUTS, given, 3)
+    inputs = _operands(plans.INPUTS, (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k), 3)
     plan: ForwardPlan = plans.forward(
         *[None if array is None else arrays.signature(array) for array in inputs],
         *(causal, window_size, scale, softcap, dropout_p, seed is not None, deterministic, allow_tf32, layout, backend),
@@ -178,6 +181,8 @@ def flash_attention_backward(
     (dq, dk, dv), or (dq, dk, dv, dsinks) with sinks
         dsinks [heads] in sinks' dtype. Rows that attend to nothing have zero gradients.
     """
+    if type(q) not in arrays.NATIVE and _adapter(q) is not None:
+        return _adapter(q).flash_attention_backward(**locals())
     others = _operands(("dout", "out", "lse", "dlse", "dq", "dk", "dv"), (dout, out, lse, dlse, dq, dk, dv), 3)
     inputs = _operands(plans.INPUTS, (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k), 3)
     plan: BackwardPlan = plans.backward(
@@ -209,6 +214,15 @@ def flash_attention_backward(
 
 
 # ---- on the way to a backend -------------------------------------------------------------------------------------
+
+
+def _adapter(q: Any) -> Any:
+    """The adapter of q's framework, where arrays are more than memory: gradients, compilation, transforms; or None."""
+    for framework, kind in (("torch", "Tensor"), ("jax", "Array")):
+        module = sys.modules.get(framework)
+        if module is not None and isinstance(q, getattr(module, kind, ())):
+            return importlib.import_module(f"cuflash.adapters.{framework}")
+    return None
 
 
 def _operands(names: Sequence[str], given: Sequence[Any], required: int) -> list[Any]:
