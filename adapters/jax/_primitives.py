@@ -1,0 +1,274 @@
+"""The forward and the backward as JAX primitives: shapes, vmap, partitioning over devices, and what XLA is told.
+
+A primitive's arrays are the operands of its `Call`, all of them given, on one device or sharded over several. Sharded
+ones are partitioned over batch and heads (`custom_partitioning`): each device attends to its own part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+from jax._src.dispatch import prim_requires_devices_during_lowering
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cuflash.adapters.jax import _handler
+from cuflash.adapters.jax._call import Call, check, signature
+from cuflash.arrays import Signature, dtype_of
+from cuflash.errors import UnsupportedError
+
+_handler.register()
+
+
+# ---- shapes and dtypes -------------------------------------------------------------------------------------------
+
+
+def axes_of(call: Call, name: str, rank: int) -> tuple[str, ...]:
+    """What the axes of an operand or result are: batch, len, heads, dim; or the boundaries of cu_seqlens."""
+    if name in ("cu_seqlens_q", "cu_seqlens_k"):
+        return ("boundaries",)
+    if name in ("alibi_slopes", "sinks", "dsinks"):
+        axes = ("batch", "heads")
+    elif name in ("lse", "dlse"):
+        axes = ("batch", "heads", "len")
+    else:
+        axes = ("batch", "len", "heads", "dim") if call.options.layout == "bshd" else ("batch", "heads", "len", "dim")
+    return axes[len(axes) - rank :]
+
+
+def check_types(call: Call, types: Sequence[Any], device: str = "") -> dict[str, Signature]:
+    """The signatures of a call's results; with a device ("cpu", "cuda:0") also whether it can be served there."""
+    options = call.options if device else replace(call.options, backend=None)
+    signatures = {
+        name: signature(name, x.shape, x.dtype.name, device or "cpu")
+        for name, x in zip(call.operands, types, strict=True)
+    }
+    return check(signatures, options)
+
+
+def result_types(call: Call, *operands: Any) -> tuple[Any, ...]:
+    """The JAX types of a call's results, of its operands'. Gradients are typed like what they belong to."""
+    types = dict(zip(call.operands, operands, strict=True))
+    signatures = check_types(call, operands)
+    q = types["q"]
+    place = dict(zip(axes_of(call, "q", q.ndim), q.sharding.spec, strict=True)) | {"len": None, "dim": None}
+    results = []
+    for name in call.results:
+        shape, dtype = signatures[name].shape, dtype_of(signatures[name].dtype)
+        like = types.get(name.removeprefix("d"))
+        if like is None:
+            spec = P(*(place[axis] for axis in axes_of(call, name, len(shape))))
+            like = q.update(shape=shape, sharding=q.sharding.update(spec=spec))
+        results.append(like.update(shape=shape, dtype=dtype, weak_type=False))
+    return tuple(results)
+
+
+# ---- the primitives ----------------------------------------------------------------------------------------------
+
+
+def forward(call: Call, *arrays: Any) -> tuple[Any, ...]:
+    """out and lse."""
+    return tuple(_FORWARD.bind(*arrays, call=call))
+
+
+def backward(call: Call, *arrays: Any) -> tuple[Any, ...]:
+    """dq, dk, dv, and dsinks with sinks."""
+    return tuple(_BACKWARD.bind(*arrays, call=call))
+
+
+def _primitive(name: str) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    eager = jax.jit(lambda *arrays, call: primitive.bind(*arrays, call=call), static_argnames="call")
+    primitive.def_impl(eager)
+    primitive.def_abstract_eval(lambda *types, call: result_types(call, *types))
+    batching.primitive_batchers[primitive] = partial(_batched, primitive)
+    ad.primitive_jvps[primitive] = _no_derivative
+    prim_requires_devices_during_lowering.add(primitive)  # custom_partitioning does, which lowering goes through
+    for platform, device in (("cpu", "cpu"), ("cuda", "cuda:0")):
+        mlir.register_lowering(primitive, partial(_lower, device), platform=platform)
+    return primitive
+
+
+def _no_derivative(primals: Any, tangents: Any, *, call: Call) -> NoReturn:
+    which = "second derivatives (of its gradients)" if call.backward else "forward-mode derivatives"
+    raise UnsupportedError(f"flash_attention has no {which}; it has first ones in reverse mode: jax.grad, jax.vjp")
+
+
+def _lower(device: str, context: Any, *arrays: Any, call: Call) -> Any:
+    check_types(call, context.avals_in, device)
+    shapes = tuple(x.shape for x in context.avals_in)
+    return mlir.lower_fun(_on_devices(call, shapes), multiple_results=True)(context, *arrays)
+
+
+def _launch(call: Call, *arrays: Any) -> tuple[Any, ...]:
+    """A call on the arrays of one device."""
+    types = result_types(call, *map(jax.typeof, arrays))
+    return tuple(jax.ffi.ffi_call(_handler.target(call), types)(*arrays, call=call.text()))
+
+
+# ---- vmap --------------------------------------------------------------------------------------------------------
+
+
+def _batched(primitive: Primitive, arrays: Sequence[Any], dims: Sequence[Any], *, call: Call) -> tuple[Any, Any]:
+    """All examples in one call, folded into its batch axis.
+
+    Into its heads where the batch axis would not do: packed sequences have none, and the gradient of sinks is a sum
+    over it where each example has its own. One call an example where the boundaries of sequences differ between
+    examples, and with dropout, whose mask depends on the place in the batch.
+    """
+    operands = tuple(zip(call.operands, arrays, dims, strict=True))
+    mapped = {name: axes_of(call, name, x.ndim - 1) for name, x, dim in operands if dim is not None}
+    size = next(x.shape[dim] for _, x, dim in operands if dim is not None)
+    if call.options.dropout_p > 0 or ("boundaries",) in mapped.values():
+        return _one_by_one(primitive, arrays, dims, call)
+    into = "batch" if "sinks" not in call.operands and all("batch" in axes for axes in mapped.values()) else "heads"
+    folded = []
+    for name, x, dim in operands:
+        x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+        axes = axes_of(call, name, x.ndim - 1)
+        if into not in axes:  # the same for all examples
+            folded.append(x[0])
+            continue
+        place = axes.index(into)
+        folded.append(jnp.moveaxis(x, 0, place).reshape(*x.shape[1 : place + 1], -1, *x.shape[place + 2 :]))
+    results, places = [], []
+    for name, x in zip(call.results, primitive.bind(*folded, call=call), strict=True):
+        place = axes_of(call, name, x.ndim).index(into)
+        length = x.shape[place] // size if size else 0
+        results.append(x.reshape(*x.shape[:place], size, length, *x.shape[place + 1 :]))
+        places.append(place)
+    return results, places
+
+
+def _one_by_one(primitive: Primitive, arrays: Sequence[Any], dims: Sequence[Any], call: Call) -> tuple[Any, Any]:
+    mapped = [i for i, dim in enumerate(dims) if dim is not None]
+
+    def example(parts: list[Any]) -> list[Any]:
+        whole = list(arrays)
+        for i, part in zip(mapped, parts, strict=True):
+            whole[i] = part
+        return primitive.bind(*whole, call=call)
+
+    results = jax.lax.map(example, [jnp.moveaxis(arrays[i], dims[i], 0) for i in mapped])
+    return results, [0] * len(results)
+
+
+# ---- several devices ---------------------------------------------------------------------------------------------
+
+
+class _Spread(NamedTuple):
+    """Over which axes of a mesh a call is spread: names as they stand in a PartitionSpec, or None."""
+
+    batch: Any = None
+    heads: Any = None
+    kv_heads: Any = None  # heads, or None where one key/value head serves the heads of every device
+
+    def spec(self, call: Call, name: str, rank: int) -> P:
+        places = {"batch": None if name == "dsinks" else self.batch, "heads": self.heads}
+        if name in ("k", "v", "dk", "dv"):
+            places["heads"] = self.kv_heads
+        return P(*(places.get(axis) for axis in axes_of(call, name, rank)))
+
+
+def _spread(call: Call, mesh: Any, types: Sequence[Any]) -> _Spread:
+    """How a call with operands of these shapes and shardings is spread: like its q, as far as its parts are even."""
+    shapes = {name: dict(zip(axes_of(call, name, x.ndim), x.shape, strict=True))
+              for name, x in zip(call.operands, types, strict=True)}  # fmt: skip
+    q = types[call.operands.index("q")]
+    if call.options.dropout_p > 0 or not isinstance(q.sharding, NamedSharding):
+        return _Spread()  # the mask of dropout depends on the place in the whole batch and its heads
+    spec = tuple(q.sharding.spec) + (None,) * (q.ndim - len(q.sharding.spec))
+    place = dict(zip(axes_of(call, "q", q.ndim), spec, strict=True))
+    batch, heads = place.get("batch"), place["heads"]
+    if shapes["q"].get("batch", 1) % _parts(mesh, batch):
+        batch = None
+    kv_heads = heads
+    if shapes["k"]["heads"] % _parts(mesh, heads):
+        kv_heads = None
+        if shapes["k"]["heads"] > 1 or shapes["q"]["heads"] % _parts(mesh, heads):
+            heads = None
+    return _Spread(batch, heads, kv_heads)
+
+
+def _parts(mesh: Any, axes: Any) -> int:
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _partition(call: Call, mesh: Any, types: Sequence[Any], results: Sequence[Any]) -> tuple[Any, ...]:
+    """What each device computes, and how operands and results lie: the answer to XLA's partitioner."""
+    spread = _spread(call, mesh, types)
+
+    def lie(names: Sequence[str], arrays: Sequence[Any]) -> tuple[NamedSharding, ...]:
+        return tuple(
+            NamedSharding(mesh, spread.spec(call, name, x.ndim)) for name, x in zip(names, arrays, strict=True)
+        )
+
+    def part(*arrays: Any) -> tuple[Any, ...]:
+        parts = dict(zip(call.results, _launch(call, *arrays), strict=True))
+        if "dsinks" in parts and spread.batch is not None:
+            parts["dsinks"] = jax.lax.psum(parts["dsinks"], spread.batch)
+        if call.backward and spread.heads != spread.kv_heads:
+            parts |= {name: jax.lax.psum(parts[name], spread.heads) for name in ("dk", "dv")}
+        return tuple(parts.values())
+
+    return mesh, part, lie(call.results, results), lie(call.operands, types)
+
+
+def _rule(call: Call, shapes: Sequence[tuple[int, ...]]) -> tuple[str, tuple[str, ...], dict[str, int]]:
+    """How shardings propagate through a call: the rule, its factors that are not to be spread, and sizes of factors.
+
+    Heads are two factors: g, key/value heads, and r, the query heads that share one. Where one key/value head serves
+    all of them (u), r can be spread.
+    """
+    by_name = dict(zip(call.operands, shapes, strict=True))
+    heads, kv_heads = (by_name[name][axes_of(call, name, len(by_name[name])).index("heads")] for name in ("q", "k"))
+    q_factor, kv_factor = ("g", "g") if heads == kv_heads else ("r", "u") if kv_heads == 1 else ("(g r)", "g")
+    of_q = {"batch": "b", "len": "s", "heads": q_factor, "dim": "d", "boundaries": "n"}
+    of_k = {**of_q, "len": "t", "heads": kv_factor}
+    of_name = {"q": of_q, "k": of_k, "v": {**of_k, "dim": "e"}, "out": {**of_q, "dim": "e"}}
+    of_name |= {"dout": of_name["out"], "dq": of_name["q"], "dk": of_name["k"], "dv": of_name["v"]}
+
+    def side(names: Sequence[str], ranks: Sequence[int]) -> str:
+        return ", ".join(
+            " ".join(of_name.get(name, of_q)[axis] for axis in axes_of(call, name, rank))
+            for name, rank in zip(names, ranks, strict=True)
+        )
+
+    ranks = {name: len(shape) for name, shape in by_name.items()}
+    result_ranks = {"out": ranks["q"], "lse": ranks["q"] - 1} | {f"d{name}": rank for name, rank in ranks.items()}
+    rule = f"{side(call.operands, list(ranks.values()))} -> {side(call.results, [result_ranks[n] for n in call.results])}"
+    whole = set("bgrstdenu" if call.options.dropout_p > 0 else "rstdenu" if q_factor == "(g r)" else "stdenu")
+    return rule, tuple(sorted(whole & set(rule))), {"r": heads // kv_heads} if q_factor == "(g r)" else {}
+
+
+@lru_cache(maxsize=1024)
+def _on_devices(call: Call, shapes: tuple[tuple[int, ...], ...]) -> Any:
+    """A function of a call's whole arrays that XLA spreads over the devices they are on."""
+    whole = custom_partitioning(partial(_launch, call))
+    text, not_spread, sizes = _rule(call, shapes)
+
+    def infer(mesh: Any, types: Sequence[Any], results: Sequence[Any]) -> Any:
+        return _partition(call, mesh, types, results)[2]
+
+    whole.def_partition(
+        partial(_partition, call),
+        infer_sharding_from_operands=infer,
+        sharding_rule=text,
+        need_replication_factors=not_spread,
+        **sizes,
+    )
+    return whole
+
+
+_FORWARD, _BACKWARD = _primitive("cuflash_forward"), _primitive("cuflash_backward")
