@@ -6,6 +6,7 @@ signatures and scalars); only values, such as cu_seqlens on the CPU, are looked 
 
 from __future__ import annotations
 
+import importlib
 import math
 from functools import lru_cache
 from numbers import Integral, Real
@@ -105,6 +106,8 @@ def flash_attention(
     UnsupportedError
         What this GPU or build cannot do, and what to do instead.
     """
+    if type(q).__module__.partition(".")[0] in ("jax", "jaxlib"):
+        return _adapter("jax").flash_attention(**locals())
     arguments = (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
     _check_flag("return_lse", return_lse)
     call = _prepare(
@@ -174,6 +177,8 @@ def flash_attention_backward(
     (dq, dk, dv), or (dq, dk, dv, dsinks) with sinks
         dsinks [heads] in sinks' dtype. Rows that attend to nothing have zero gradients.
     """
+    if type(q).__module__.partition(".")[0] in ("jax", "jaxlib"):
+        return _adapter("jax").flash_attention_backward(**locals())
     arguments = (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
     call = _prepare(
         arguments, causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout, backend
@@ -223,6 +228,11 @@ def flash_attention_backward(
     handed = {name: arrays.like(targets[name], q if array is None else array) for name, array in given.items()}
     gradients = tuple(handed[name] if array is None else array for name, array in given.items())
     return gradients if dsinks is None else (*gradients, arrays.like(dsinks, q))
+
+
+def _adapter(framework: str) -> Any:
+    """The adapter of a framework, which the caller's arrays show to be imported already."""
+    return importlib.import_module(f"cuflash.adapters.{framework}")
 
 
 # ---- what a call needs -------------------------------------------------------------------------------------------
