@@ -1,10 +1,18 @@
 """cuflash on JAX arrays: inside jit, differentiable, and over several devices.
 
->>> import jax, cuflash.adapters.jax as cuflash
->>> loss = lambda q, k, v: cuflash.flash_attention(q, k, v, causal=True).sum()
+>>> import jax
+>>> from cuflash.adapters.jax import flash_attention
+>>> loss = lambda q, k, v: flash_attention(q, k, v, causal=True).sum()
 >>> gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
 """
 
 from cuflash.adapters.jax._attention import flash_attention, flash_attention_backward
+from cuflash.adapters.jax._drop_in import attention_fn, dot_product_attention, segment_boundaries
 
-__all__ = ["flash_attention", "flash_attention_backward"]
+__all__ = [
+    "attention_fn",
+    "dot_product_attention",
+    "flash_attention",
+    "flash_attention_backward",
+    "segment_boundaries",
+]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
 from cuflash.adapters.jax._call import BACKWARD, FORWARD, Call, Options, check, signature
@@ -44,7 +45,7 @@ def flash_attention(
 ) -> Any:
     """`cuflash.flash_attention` on JAX arrays: the same shapes, dtypes, options, results and errors.
 
-    Works under jit, grad, vmap, scan, while_loop, cond, checkpoint, shard_map and export, and over sharded arrays, where
+    Works under jit, grad, vmap, scan, while_loop, cond, checkpoint, shard_map and export, and on sharded arrays, where
     each device attends to its part of the batch and the heads. Differentiable once, in reverse mode, with respect to
     q, k, v and sinks, also through a returned LSE. A checkpoint policy can keep what the backward needs by the names
     "cuflash_out" and "cuflash_lse".
@@ -82,8 +83,8 @@ def flash_attention(
     )
     arrays = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, "sinks": sinks}
     arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    out, lse = _attention(*_checked(arrays, options))
-    return (out, lse) if return_lse else out
+    results: Any = _attention(*_checked(arrays, options))
+    return results if return_lse else results[0]
 
 
 def flash_attention_backward(
@@ -162,7 +163,7 @@ def _checked(arrays: dict[str, Any], options: Options) -> tuple[Call, tuple[jax.
         dtype = array.dtype.name if getattr(array.dtype, "isnative", True) else str(array.dtype)
         signatures[name] = signature(name, array.shape, dtype)
     for field in fields(options):
-        if isinstance(getattr(options, field.name), jax.core.Tracer):
+        if isinstance(getattr(options, field.name), Tracer):
             _bad(field.name, "a value that JAX traces", "a Python value (static under jit)", TypeError)
     # Which platform the call will run on is known when it is lowered: _primitives checks `backend` against it.
     check(signatures, replace(options, backend=None) if options.backend == "cuda" else options)

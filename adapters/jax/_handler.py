@@ -211,7 +211,8 @@ def run_on_cpu(call: Call, operands: Sequence[Block], results: Sequence[Block], 
 def _numpy(block: Block) -> np.ndarray:
     if block.nbytes == 0:
         return np.empty(block.shape, block.dtype)
-    return np.ndarray(block.shape, block.dtype, (ctypes.c_char * block.nbytes).from_address(block.address))
+    memory = memoryview((ctypes.c_char * block.nbytes).from_address(block.address))
+    return np.ndarray(block.shape, block.dtype, memory)
 
 
 def run_on_gpu(call: Call, operands: Sequence[Block], results: Sequence[Block], stream: int) -> None:

@@ -225,7 +225,7 @@ def _partition(call: Call, mesh: Any, types: Sequence[Any], results: Sequence[An
     return mesh, part, lie(call.results, results), lie(call.operands, types)
 
 
-def _rule(call: Call, shapes: Sequence[tuple[int, ...]]) -> tuple[str, tuple[str, ...], dict[str, int]]:
+def _rule(call: Call, shapes: Sequence[tuple[int, ...]]) -> tuple[str, tuple[str, ...], dict[str, Any]]:
     """How shardings propagate through a call: the rule, its factors that are not to be spread, and sizes of factors.
 
     Heads are two factors: g, key/value heads, and r, the query heads that share one. Where one key/value head serves
@@ -247,7 +247,9 @@ def _rule(call: Call, shapes: Sequence[tuple[int, ...]]) -> tuple[str, tuple[str
 
     ranks = {name: len(shape) for name, shape in by_name.items()}
     result_ranks = {"out": ranks["q"], "lse": ranks["q"] - 1} | {f"d{name}": rank for name, rank in ranks.items()}
-    rule = f"{side(call.operands, list(ranks.values()))} -> {side(call.results, [result_ranks[n] for n in call.results])}"
+    rule = (
+        f"{side(call.operands, list(ranks.values()))} -> {side(call.results, [result_ranks[n] for n in call.results])}"
+    )
     whole = set("bgrstdenu" if call.options.dropout_p > 0 else "rstdenu" if q_factor == "(g r)" else "stdenu")
     return rule, tuple(sorted(whole & set(rule))), {"r": heads // kv_heads} if q_factor == "(g r)" else {}
 
