@@ -13,9 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
-from cuflash.adapters.jax._call import BACKWARD, FORWARD, Call, Options, check, signature
+from cuflash.adapters.jax._call import BACKWARD, FORWARD, Call, Options, bad, check, check_flag, signature
 from cuflash.adapters.jax._primitives import backward, forward
-from cuflash.api import _bad, _check_flag
 from cuflash.errors import UnsupportedError
 
 OUT_NAME, LSE_NAME = "cuflash_out", "cuflash_lse"
@@ -67,7 +66,7 @@ def flash_attention(
     UnsupportedError
         What this build or GPU cannot do, and what to do instead.
     """
-    _check_flag("return_lse", return_lse)
+    check_flag("return_lse", return_lse)
     options = Options(
         causal=causal,
         window_size=window_size,
@@ -136,10 +135,10 @@ def flash_attention_backward(
     )
     for name, given in (("dq", dq), ("dk", dk), ("dv", dv)):
         if given is not None:
-            _bad(name, f"a {type(given).__name__}", "None, as JAX arrays cannot be written to", TypeError)
-    _check_flag("accumulate", accumulate)
+            bad(name, f"a {type(given).__name__}", "None, as JAX arrays cannot be written to", TypeError)
+    check_flag("accumulate", accumulate)
     if accumulate:
-        _bad("accumulate", "True", "False: add the returned gradients to yours")
+        bad("accumulate", "True", "False: add the returned gradients to yours")
     arrays = {"dout": dout, "out": out, "lse": lse, "dlse": dlse, "q": q, "k": k, "v": v}
     arrays |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
     arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
@@ -159,19 +158,19 @@ def _checked(arrays: dict[str, Any], options: Options) -> tuple[Call, tuple[jax.
         if array is None and name in _OPTIONAL:
             continue
         if not isinstance(array, (jax.Array, np.ndarray)):
-            _bad(name, f"{array!r:.60} ({type(array).__name__})", "a JAX or NumPy array", TypeError)
+            bad(name, f"{array!r:.60} ({type(array).__name__})", "a JAX or NumPy array", TypeError)
         dtype = array.dtype.name if getattr(array.dtype, "isnative", True) else str(array.dtype)
         signatures[name] = signature(name, array.shape, dtype)
     for field in fields(options):
         if isinstance(getattr(options, field.name), Tracer):
-            _bad(field.name, "a value that JAX traces", "a Python value (static under jit)", TypeError)
+            bad(field.name, "a value that JAX traces", "a Python value (static under jit)", TypeError)
     # Which platform the call will run on is known when it is lowered: _primitives checks `backend` against it.
     check(signatures, replace(options, backend=None) if options.backend == "cuda" else options)
     given = {name: jnp.asarray(array) for name, array in arrays.items() if array is not None}
     for name, array in given.items():
         if array.dtype.name != signatures[name].dtype:
             allowed = f"{array.dtype.name}, or 64-bit types switched on (jax_enable_x64)"
-            _bad(name, f"dtype {signatures[name].dtype}", allowed, TypeError)
+            bad(name, f"dtype {signatures[name].dtype}", allowed, TypeError)
     order = BACKWARD if "dout" in given else FORWARD
     operands = tuple(name for name in order if name in given)
     call = Call("dout" in given, operands, options.plain())

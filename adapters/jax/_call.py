@@ -14,8 +14,12 @@ from typing import Any
 
 import cuflash
 from cuflash import api
+from cuflash.api import _bad as bad
+from cuflash.api import _check_flag as check_flag
 from cuflash.arrays import Signature
 from cuflash.errors import UnsupportedError
+
+__all__ = ["BACKWARD", "FORWARD", "Call", "Options", "bad", "check", "check_flag", "run", "signature"]
 
 # The operands of the two passes, in the order in which they reach XLA. Those after v may be absent.
 FORWARD = ("q", "k", "v", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
@@ -113,7 +117,7 @@ def check(arrays: Mapping[str, Signature | None], options: Options) -> dict[str,
             raise
         plan = api._plan.__wrapped__(*arguments)  # names the option that is not a scalar
     if options.memory not in api._MEMORY:
-        api._bad("memory", repr(options.memory), f"one of {api._MEMORY}")
+        bad("memory", repr(options.memory), f"one of {api._MEMORY}")
     if "dout" not in arrays:
         return {"out": plan.out, "lse": plan.lse}
     for name, expected in (("dout", plan.out), ("out", plan.out), ("lse", plan.lse), ("dlse", plan.lse)):

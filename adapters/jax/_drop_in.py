@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cuflash.adapters.jax._attention import flash_attention
-from cuflash.api import _bad
+from cuflash.adapters.jax._call import bad
 from cuflash.errors import UnsupportedError
 
 _NO_ARRAY = (
@@ -71,7 +71,7 @@ def dot_product_attention(
     _check_no_array("bias", bias)
     _check_no_array("mask", mask)
     if implementation is not None:
-        _bad("implementation", repr(implementation), "None")
+        bad("implementation", repr(implementation), "None")
     query, key, value = (_ranked(*pair) for pair in (("query", query), ("key", key), ("value", value)))
     batched = query.ndim == 4
     if not batched:
@@ -134,7 +134,7 @@ def attention_fn(
     _check_no_array("bias", bias)
     _check_no_array("mask", mask)
     if precision is not None:
-        _bad("precision", repr(precision), "None")
+        bad("precision", repr(precision), "None")
     if module is not None:
         raise UnsupportedError("module: got a module that sows attention weights; they are never computed as a whole")
     if dropout_rate > 0 and not deterministic:
@@ -166,9 +166,9 @@ def segment_boundaries(segment_ids: Any, *, max_segments: int) -> jax.Array:
     """
     segment_ids = jnp.asarray(segment_ids)
     if segment_ids.ndim not in (1, 2) or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        _bad("segment_ids", f"shape {segment_ids.shape}, dtype {segment_ids.dtype}", "integers [len] or [batch, len]")
+        bad("segment_ids", f"shape {segment_ids.shape}, dtype {segment_ids.dtype}", "integers [len] or [batch, len]")
     if not isinstance(max_segments, int) or max_segments < 1:
-        _bad("max_segments", repr(max_segments), "an integer of at least 1")
+        bad("max_segments", repr(max_segments), "an integer of at least 1")
     first = jnp.ones_like(segment_ids[..., :1], dtype=bool)
     starts = jnp.concatenate([first, segment_ids[..., 1:] != segment_ids[..., :-1]], axis=-1).ravel()
     (boundaries,) = jnp.nonzero(starts, size=max_segments + 1, fill_value=segment_ids.size)
@@ -186,20 +186,20 @@ def _check_no_array(name: str, array: Any) -> None:
 def _ranked(name: str, array: Any) -> jax.Array:
     array = jnp.asarray(array)
     if array.ndim not in (3, 4):
-        _bad(name, f"shape {array.shape}", "[batch, len, heads, head_dim] or [len, heads, head_dim]")
+        bad(name, f"shape {array.shape}", "[batch, len, heads, head_dim] or [len, heads, head_dim]")
     return array
 
 
 def _bounds(is_causal: Any, local_window_size: Any) -> tuple[int | None, int | None]:
     """How far a query sees to the left and to the right of its own index."""
     if not isinstance(is_causal, bool):
-        _bad("is_causal", repr(is_causal), "True or False", TypeError)
+        bad("is_causal", repr(is_causal), "True or False", TypeError)
     window = local_window_size
     if window is None or (isinstance(window, int) and not isinstance(window, bool)):
         window = (window, window)
     sides = list(window) if isinstance(window, Sequence) else []
     if len(sides) != 2 or not all(side is None or (isinstance(side, int) and side >= 0) for side in sides):
-        _bad("local_window_size", repr(local_window_size), "None, an integer >= 0 or (left, right) of these")
+        bad("local_window_size", repr(local_window_size), "None, an integer >= 0 or (left, right) of these")
     left, right = sides
     return left, 0 if is_causal else right
 
@@ -256,7 +256,7 @@ def _padded(
     def boundaries(lengths: Any, name: str, total: int, *, queries: bool) -> jax.Array:
         lengths = jnp.full(batch, total, jnp.int32) if lengths is None else jnp.asarray(lengths)
         if lengths.shape != (batch,) or lengths.dtype != jnp.int32:
-            _bad(name, f"shape {lengths.shape}, dtype {lengths.dtype}", f"int32 [{batch}]")
+            bad(name, f"shape {lengths.shape}, dtype {lengths.dtype}", f"int32 [{batch}]")
         starts = total * jnp.arange(batch, dtype=jnp.int32)
         ends = starts + jnp.clip(lengths, 0, total)
         padded = starts + total

@@ -100,8 +100,10 @@ def _primitive(name: str) -> Primitive:
 
 
 def _no_derivative(primals: Any, tangents: Any, *, call: Call) -> NoReturn:
-    which = "second derivatives (of its gradients)" if call.backward else "forward-mode derivatives"
-    raise UnsupportedError(f"flash_attention has no {which}; it has first ones in reverse mode: jax.grad, jax.vjp")
+    raise UnsupportedError(
+        "flash_attention: got a second derivative or one in forward mode; it has first ones in reverse mode, as "
+        "jax.grad and jax.vjp compute"
+    )
 
 
 def _lower(device: str, context: Any, *arrays: Any, call: Call) -> Any:
