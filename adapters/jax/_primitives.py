@@ -108,8 +108,11 @@ def _no_derivative(primals: Any, tangents: Any, *, call: Call) -> NoReturn:
 
 def _lower(device: str, context: Any, *arrays: Any, call: Call) -> Any:
     check_types(call, context.avals_in, device)
-    shapes = tuple(x.shape for x in context.avals_in)
-    return mlir.lower_fun(_on_devices(call, shapes), multiple_results=True)(context, *arrays)
+    types = dict(zip(call.operands, context.avals_in, strict=True))
+    heads = axes_of(call, "q", types["q"].ndim).index("heads")
+    same_heads = types["q"].shape[heads] == types["k"].shape[heads]
+    function = _on_devices(call, tuple(x.ndim for x in types.values()), same_heads)
+    return mlir.lower_fun(function, multiple_results=True)(context, *arrays)
 
 
 def _launch(call: Call, *arrays: Any) -> tuple[Any, ...]:
@@ -173,106 +176,103 @@ class _Spread(NamedTuple):
 
     batch: Any = None
     heads: Any = None
-    kv_heads: Any = None  # heads, or None where one key/value head serves the heads of every device
+    devices_per_kv_head: int = 1  # more than 1: every device is given all of k and v and works with one of their heads
 
     def spec(self, call: Call, name: str, rank: int) -> P:
-        places = {"batch": None if name == "dsinks" else self.batch, "heads": self.heads}
-        if name in ("k", "v", "dk", "dv"):
-            places["heads"] = self.kv_heads
+        shared = name in ("k", "v", "dk", "dv") and self.devices_per_kv_head > 1
+        places = {"batch": None if name == "dsinks" else self.batch, "heads": None if shared else self.heads}
         return P(*(places.get(axis) for axis in axes_of(call, name, rank)))
 
 
-def _spread(call: Call, mesh: Any, types: Sequence[Any]) -> _Spread:
-    """How a call with operands of these shapes and shardings is spread: like its q, as far as its parts are even."""
-    shapes = {name: dict(zip(axes_of(call, name, x.ndim), x.shape, strict=True))
-              for name, x in zip(call.operands, types, strict=True)}  # fmt: skip
-    q = types[call.operands.index("q")]
+def _spread(call: Call, mesh: Any, operands: Sequence[Any]) -> _Spread:
+    """How a call on operands of these shapes and shardings is spread: like its q, as far as the parts are even."""
+    q, k = (operands[call.operands.index(name)] for name in ("q", "k"))
     if call.options.dropout_p > 0 or not isinstance(q.sharding, NamedSharding):
         return _Spread()  # the mask of dropout depends on the place in the whole batch and its heads
-    spec = tuple(q.sharding.spec) + (None,) * (q.ndim - len(q.sharding.spec))
-    place = dict(zip(axes_of(call, "q", q.ndim), spec, strict=True))
+    axes = axes_of(call, "q", q.ndim)
+    lengths, kv_lengths = (dict(zip(axes, x.shape, strict=True)) for x in (q, k))
+    place = dict(zip(axes, tuple(q.sharding.spec) + (None,) * q.ndim, strict=False))
     batch, heads = place.get("batch"), place["heads"]
-    if shapes["q"].get("batch", 1) % _parts(mesh, batch):
+    if lengths.get("batch", 0) % _devices(mesh, batch):
         batch = None
-    kv_heads = heads
-    if shapes["k"]["heads"] % _parts(mesh, heads):
-        kv_heads = None
-        if shapes["k"]["heads"] > 1 or shapes["q"]["heads"] % _parts(mesh, heads):
-            heads = None
-    return _Spread(batch, heads, kv_heads)
+    devices, kv_heads = _devices(mesh, heads), kv_lengths["heads"]
+    if kv_heads % devices == 0:
+        return _Spread(batch, heads)
+    if devices % kv_heads == 0 and lengths["heads"] % devices == 0:
+        return _Spread(batch, heads, devices // kv_heads)
+    return _Spread(batch)
 
 
-def _parts(mesh: Any, axes: Any) -> int:
+def _devices(mesh: Any, axes: Any) -> int:
+    """How many devices lie along axes of a mesh, as they stand in a PartitionSpec."""
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     return math.prod(mesh.shape[name] for name in names)
 
 
-def _partition(call: Call, mesh: Any, types: Sequence[Any], results: Sequence[Any]) -> tuple[Any, ...]:
+def _partition(call: Call, mesh: Any, operands: Sequence[Any], results: Sequence[Any]) -> tuple[Any, ...]:
     """What each device computes, and how operands and results lie: the answer to XLA's partitioner."""
-    spread = _spread(call, mesh, types)
+    spread = _spread(call, mesh, operands)
 
     def lie(names: Sequence[str], arrays: Sequence[Any]) -> tuple[NamedSharding, ...]:
-        return tuple(
-            NamedSharding(mesh, spread.spec(call, name, x.ndim)) for name, x in zip(names, arrays, strict=True)
-        )
+        pairs = zip(names, arrays, strict=True)
+        return tuple(NamedSharding(mesh, spread.spec(call, name, x.ndim)) for name, x in pairs)
 
-    def part(*arrays: Any) -> tuple[Any, ...]:
+    return mesh, partial(_part, call, spread), lie(call.results, results), lie(call.operands, operands)
+
+
+def _part(call: Call, spread: _Spread, *arrays: Any) -> tuple[Any, ...]:
+    """One device's part of a call, on its parts of the arrays."""
+    whole = dict(zip(call.operands, arrays, strict=True))
+    if spread.devices_per_kv_head == 1:
         parts = dict(zip(call.results, _launch(call, *arrays), strict=True))
-        if "dsinks" in parts and spread.batch is not None:
-            parts["dsinks"] = jax.lax.psum(parts["dsinks"], spread.batch)
-        if call.backward and spread.heads != spread.kv_heads:
-            parts |= {name: jax.lax.psum(parts[name], spread.heads) for name in ("dk", "dv")}
-        return tuple(parts.values())
-
-    return mesh, part, lie(call.results, results), lie(call.operands, types)
-
-
-def _rule(call: Call, shapes: Sequence[tuple[int, ...]]) -> tuple[str, tuple[str, ...], dict[str, Any]]:
-    """How shardings propagate through a call: the rule, its factors that are not to be spread, and sizes of factors.
-
-    Heads are two factors: g, key/value heads, and r, the query heads that share one. Where one key/value head serves
-    all of them (u), r can be spread.
-    """
-    by_name = dict(zip(call.operands, shapes, strict=True))
-    heads, kv_heads = (by_name[name][axes_of(call, name, len(by_name[name])).index("heads")] for name in ("q", "k"))
-    q_factor, kv_factor = ("g", "g") if heads == kv_heads else ("r", "u") if kv_heads == 1 else ("(g r)", "g")
-    of_q = {"batch": "b", "len": "s", "heads": q_factor, "dim": "d", "boundaries": "n"}
-    of_k = {**of_q, "len": "t", "heads": kv_factor}
-    of_name = {"q": of_q, "k": of_k, "v": {**of_k, "dim": "e"}, "out": {**of_q, "dim": "e"}}
-    of_name |= {"dout": of_name["out"], "dq": of_name["q"], "dk": of_name["k"], "dv": of_name["v"]}
-
-    def side(names: Sequence[str], ranks: Sequence[int]) -> str:
-        return ", ".join(
-            " ".join(of_name.get(name, of_q)[axis] for axis in axes_of(call, name, rank))
-            for name, rank in zip(names, ranks, strict=True)
-        )
-
-    ranks = {name: len(shape) for name, shape in by_name.items()}
-    result_ranks = {"out": ranks["q"], "lse": ranks["q"] - 1} | {f"d{name}": rank for name, rank in ranks.items()}
-    rule = (
-        f"{side(call.operands, list(ranks.values()))} -> {side(call.results, [result_ranks[n] for n in call.results])}"
-    )
-    whole = set("bgrstdenu" if call.options.dropout_p > 0 else "rstdenu" if q_factor == "(g r)" else "stdenu")
-    return rule, tuple(sorted(whole & set(rule))), {"r": heads // kv_heads} if q_factor == "(g r)" else {}
+    else:
+        axis = axes_of(call, "k", whole["k"].ndim).index("heads")
+        head = jax.lax.axis_index(spread.heads) // spread.devices_per_kv_head
+        own = {name: jax.lax.dynamic_slice_in_dim(whole[name], head, 1, axis) for name in ("k", "v")}
+        parts = dict(zip(call.results, _launch(call, *(whole | own).values()), strict=True))
+        for name in {"dk", "dv"} & parts.keys():
+            zeros = jnp.zeros_like(whole[name.removeprefix("d")])
+            parts[name] = jax.lax.dynamic_update_slice_in_dim(zeros, parts[name], head, axis)
+            parts[name] = jax.lax.psum(parts[name], spread.heads)
+    if "dsinks" in parts and spread.batch is not None:
+        parts["dsinks"] = jax.lax.psum(parts["dsinks"], spread.batch)
+    return tuple(parts.values())
 
 
 @lru_cache(maxsize=1024)
-def _on_devices(call: Call, shapes: tuple[tuple[int, ...], ...]) -> Any:
-    """A function of a call's whole arrays that XLA spreads over the devices they are on."""
-    whole = custom_partitioning(partial(_launch, call))
-    text, not_spread, sizes = _rule(call, shapes)
+def _on_devices(call: Call, ranks: tuple[int, ...], same_heads: bool) -> Any:
+    """A function of a call's whole arrays that XLA spreads over the devices they are on.
 
-    def infer(mesh: Any, types: Sequence[Any], results: Sequence[Any]) -> Any:
-        return _partition(call, mesh, types, results)[2]
+    The rule says which axes have the same sharding: one letter (factor) each for batch, heads and those of k and v,
+    for lengths, dimensions and boundaries. All but batch and heads are gathered.
+    """
+    of_q = {"batch": "b", "len": "s", "heads": "h", "dim": "d", "boundaries": "n"}
+    of_k = {**of_q, "len": "t", "heads": "h" if same_heads else "g"}
+    of_name = {"q": of_q, "k": of_k, "v": {**of_k, "dim": "e"}, "out": {**of_q, "dim": "e"}}
+    of_name |= {"dout": of_name["out"], "dq": of_name["q"], "dk": of_name["k"], "dv": of_name["v"]}
+    rank_of = dict(zip(call.operands, ranks, strict=True))
+    rank_of |= {f"d{name}": rank for name, rank in rank_of.items()}
+    rank_of |= {"out": rank_of["q"], "lse": rank_of["q"] - 1}
 
-    whole.def_partition(
+    def side(names: Sequence[str]) -> str:
+        return ", ".join(
+            " ".join(of_name.get(name, of_q)[axis] for axis in axes_of(call, name, rank_of[name])) for name in names
+        )
+
+    rule = f"{side(call.operands)} -> {side(call.results)}"
+    gathered = set("bhgstden" if call.options.dropout_p > 0 else "stden") & set(rule)
+
+    def infer(mesh: Any, operands: Sequence[Any], results: Sequence[Any]) -> Any:
+        return _partition(call, mesh, operands, results)[2]
+
+    spread = custom_partitioning(partial(_launch, call))
+    spread.def_partition(
         partial(_partition, call),
         infer_sharding_from_operands=infer,
-        sharding_rule=text,
-        need_replication_factors=not_spread,
-        **sizes,
+        sharding_rule=rule,
+        need_replication_factors=tuple(sorted(gathered, key=rule.index)),
     )
-    return whole
+    return spread
 
 
 _FORWARD, _BACKWARD = _primitive("cuflash_forward"), _primitive("cuflash_backward")
