@@ -53,7 +53,10 @@ def torch_tensors() -> Finding:
 
 
 def jax_arrays() -> Finding:
-    return _through_dlpack("jax")
+    if importlib.util.find_spec("jax") is None:
+        return Finding("not installed (optional)")
+    backends = "numpy backend" if machine.gpu_obstacle() else "numpy backend on the CPU, cuda backend on a GPU"
+    return Finding(f"{backends}, through a handler of XLA's FFI (jax {importlib.metadata.version('jax')})")
 
 
 def exact_on_cpu() -> Finding:
@@ -121,7 +124,7 @@ def _guarded(check: Callable[[], Finding]) -> Finding:
 
 
 def _through_dlpack(name: str) -> Finding:
-    """Torch and JAX take seconds to import, so they are only looked for."""
+    """Torch takes seconds to import, so it is only looked for."""
     if importlib.util.find_spec(name) is None:
         return Finding("not installed (optional)")
     backends = "numpy backend" if machine.gpu_obstacle() else "numpy backend on the CPU, cuda backend on a GPU"
