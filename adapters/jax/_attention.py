@@ -15,6 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from cuflash.adapters.jax._call import BACKWARD, FORWARD, Call, Options, bad, check, check_flag, signature
 from cuflash.adapters.jax._primitives import backward, forward
+from cuflash.arrays import Signature
 from cuflash.errors import UnsupportedError
 
 OUT_NAME, LSE_NAME = "cuflash_out", "cuflash_lse"
@@ -153,20 +154,14 @@ _OPTIONAL = {"dlse", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k"}
 
 def _checked(arrays: dict[str, Any], options: Options) -> tuple[Call, tuple[jax.Array, ...]]:
     """The call and its operands, everything about them checked that is known while tracing."""
-    signatures = {}
-    for name, array in arrays.items():
-        if array is None and name in _OPTIONAL:
-            continue
-        if not isinstance(array, (jax.Array, np.ndarray)):
-            bad(name, f"{array!r:.60} ({type(array).__name__})", "a JAX or NumPy array", TypeError)
-        dtype = array.dtype.name if getattr(array.dtype, "isnative", True) else str(array.dtype)
-        signatures[name] = signature(name, array.shape, dtype)
+    given = {name: array for name, array in arrays.items() if array is not None or name not in _OPTIONAL}
+    signatures = {name: _signature(name, array) for name, array in given.items()}
     for field in fields(options):
         if isinstance(getattr(options, field.name), Tracer):
             bad(field.name, "a value that JAX traces", "a Python value (static under jit)", TypeError)
     # Which platform the call will run on is known when it is lowered: _primitives checks `backend` against it.
     check(signatures, replace(options, backend=None) if options.backend == "cuda" else options)
-    given = {name: jnp.asarray(array) for name, array in arrays.items() if array is not None}
+    given = {name: jnp.asarray(array) for name, array in given.items()}
     for name, array in given.items():
         if array.dtype.name != signatures[name].dtype:
             allowed = f"{array.dtype.name}, or 64-bit types switched on (jax_enable_x64)"
@@ -175,6 +170,13 @@ def _checked(arrays: dict[str, Any], options: Options) -> tuple[Call, tuple[jax.
     operands = tuple(name for name in order if name in given)
     call = Call("dout" in given, operands, options.plain())
     return call, _varying_alike([given[name] for name in operands])
+
+
+def _signature(name: str, array: Any) -> Signature:
+    if not isinstance(array, (jax.Array, np.ndarray)):
+        bad(name, f"{array!r:.60} ({type(array).__name__})", "a JAX or NumPy array", TypeError)
+    dtype = array.dtype.name if getattr(array.dtype, "isnative", True) else str(array.dtype)
+    return signature(name, array.shape, dtype)
 
 
 def _varying_alike(arrays: list[jax.Array]) -> tuple[jax.Array, ...]:
