@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 
 jax = pytest.importorskip("jax")
 
+# The CUDA backend takes memory of its own; XLA is not to take most of it first.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_enable_x64", True)  # float64 is a dtype of the contract
 
 from tests.contract.backends import Backend, tensor_core_error  # noqa: E402
 
 
-def on(platform: str) -> Backend:
-    """Arrays of JAX on a platform, through the two public functions of cuflash."""
-    device = None if platform == "cpu" else "cuda"
+def _on(platform: str, array: np.ndarray) -> Any:
+    return jax.device_put(array, jax.devices(platform)[0])
 
-    def array(values: np.ndarray) -> jax.Array:
-        return jax.device_put(values, jax.devices(device)[0])
 
-    gpu = {"dtypes": ("float16", "bfloat16", "float32"), "arithmetic": tensor_core_error} if device else {}
-    return Backend(name=f"jax {platform}", array=array, numpy=np.asarray, **gpu)
+CPU = Backend(name="jax cpu", array=partial(_on, "cpu"), numpy=np.asarray)
+CUDA = Backend(
+    name="jax cuda",
+    array=partial(_on, "cuda"),
+    numpy=np.asarray,
+    dtypes=("float16", "bfloat16", "float32"),
+    marks=(pytest.mark.gpu,),
+    arithmetic=tensor_core_error,
+)
+BACKENDS = [pytest.param(backend, id=backend.name.split()[1], marks=backend.marks) for backend in (CPU, CUDA)]

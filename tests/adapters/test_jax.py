@@ -31,10 +31,10 @@ Put = Callable[[np.ndarray], Any]
 Arrays = dict[str, np.ndarray]
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=jax_backend.BACKENDS)
 def put(request: pytest.FixtureRequest) -> Put:
     """Puts a NumPy array on the device under test."""
-    return jax_backend.on(request.param).array
+    return request.param.array
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:

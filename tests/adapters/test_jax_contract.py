@@ -30,12 +30,11 @@ from tests.contract.test_contract import (  # noqa: F401
 )
 
 IN_JAX = [replace(case, gradients="new", gradients_dtype="same") for case in CASES]
-PLATFORMS = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(params=PLATFORMS)
+@pytest.fixture(params=jax_backend.BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
-    return jax_backend.on(request.param)
+    return request.param
 
 
 @pytest.fixture(scope="module", params=[pytest.param(case, id=case.name) for case in IN_JAX])
