@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -208,3 +213,54 @@ def test_shard_map_with_ppermute(make_mesh: MakeMesh, request: pytest.FixtureReq
         np.testing.assert_allclose(value, (out**2).sum(), rtol=1e-5)
         for gradient, name in zip(gradients, "qkv", strict=True):
             assert_close(gradient, expected[name])
+
+
+PROCESS = """
+import sys
+import jax
+import numpy as np
+from cuflash.adapters.jax import flash_attention
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.config.update("jax_num_cpu_devices", 1)
+jax.distributed.initialize(f"localhost:{port}", 2, rank)
+mesh = jax.make_mesh((2,), ("data",))
+
+
+def place(x):
+    sharding = NamedSharding(mesh, P("data") if x.ndim == 4 else P())
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+arrays = {name: place(x) for name, x in np.load(f"{folder}/arrays.npz").items()}
+gradients = jax.jit(jax.grad(lambda given: (flash_attention(**given, causal=True) ** 2).sum()))(arrays)
+parts = {name: x.addressable_shards[0] for name, x in gradients.items()}
+np.savez(f"{folder}/{rank}.npz", **{name: part.data for name, part in parts.items()})
+"""
+
+
+def test_one_process_a_device(tmp_path: Path):
+    """Two processes of one device each: each has the gradients of its examples, and the sum of those of the sinks."""
+    arrays = attention_arrays()
+    np.savez(tmp_path / "arrays.npz", **arrays)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", PROCESS]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen([*command, str(rank), str(port), str(tmp_path)], env=environment, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    out = cuflash.flash_attention(**arrays, causal=True)
+    expected = on_numpy(arrays, 2 * out, None, causal=True)
+    for rank in range(2):
+        with np.load(tmp_path / f"{rank}.npz") as gradients:
+            for name, gradient in gradients.items():
+                part = expected[name] if name == "sinks" else np.split(expected[name], 2)[rank]
+                np.testing.assert_allclose(gradient, part, rtol=2e-5, atol=2e-5)
