@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from cuflash.adapters.jax import _gpu
 from cuflash.adapters.jax._call import Call, run
 from cuflash.arrays import dtype_of
-from cuflash.cuda.toolchain import import_cupy
 
 _API_MINOR = 4  # the newest minor version of the interface that was tried; XLA serves older ones
 _METADATA = 1  # XLA_FFI_Extension_Metadata
@@ -148,12 +148,22 @@ _HANDLER = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
 class Block:
     """One of XLA's buffers: an address, and the shape and dtype of the row-major array that lies there."""
 
-    __slots__ = ("address", "dtype", "shape")
+    __slots__ = ("_buffer",)
 
     def __init__(self, buffer: _Buffer) -> None:
-        self.address = buffer.data or 0
-        self.dtype = dtype_of(_DTYPES[buffer.dtype])
-        self.shape = tuple(buffer.dims[: buffer.rank])
+        self._buffer = buffer
+
+    @property
+    def address(self) -> int:
+        return self._buffer.data or 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._buffer.dims[: self._buffer.rank])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return dtype_of(_DTYPES[self._buffer.dtype])
 
     @property
     def nbytes(self) -> int:
@@ -187,7 +197,7 @@ def handler(run: Run, *, gpu: bool, capturable: bool) -> Any:
                 [Block(side.buffers[i].contents) for i in range(side.size)] for side in (frame.operands, frame.results)
             )
             run(call, operands, results, _stream(api, frame.context) if gpu else 0)
-        except Exception as error:
+        except BaseException as error:  # none may pass through C code
             code = _INVALID_ARGUMENT if isinstance(error, (TypeError, ValueError)) else _INTERNAL
             message = f"{type(error).__name__}: {error}".encode()
             return api.error_create(_ErrorCreate(ctypes.sizeof(_ErrorCreate), None, message, code))
@@ -215,34 +225,6 @@ def _numpy(block: Block) -> np.ndarray:
     return np.ndarray(block.shape, block.dtype, memory)
 
 
-def run_on_gpu(call: Call, operands: Sequence[Block], results: Sequence[Block], stream: int) -> None:
-    """Through CuPy views, on XLA's stream."""
-    cupy = import_cupy()
-    device = next((_device(cupy, block) for block in operands if block.nbytes), 0)
-    with cupy.cuda.Device(device), cupy.cuda.Stream.from_external(_Stream(stream)):
-        views = [[_cupy(cupy, block, device) for block in side] for side in (operands, results)]
-        run(call, *views)
-
-
-class _Stream:
-    """A CUstream as an object of the protocol that CuPy reads."""
-
-    def __init__(self, stream: int) -> None:
-        self._stream = stream
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._stream
-
-
-def _device(cupy: Any, block: Block) -> int:
-    return cupy.cuda.runtime.pointerGetAttributes(block.address).device
-
-
-def _cupy(cupy: Any, block: Block, device: int) -> Any:
-    memory = cupy.cuda.UnownedMemory(block.address, block.nbytes, None, device)
-    return cupy.ndarray(block.shape, block.dtype, cupy.cuda.MemoryPointer(memory, 0))
-
-
 # ---- registration ------------------------------------------------------------------------------------------------
 
 _TARGETS = ("cuflash_forward", "cuflash_backward")
@@ -261,4 +243,4 @@ def register() -> None:
 
 
 _ON_CPU = handler(run_on_cpu, gpu=False, capturable=False)
-_ON_GPU = handler(run_on_gpu, gpu=True, capturable=False)  # CuPy allocates in it, which no capture allows
+_ON_GPU = handler(_gpu.run_on_gpu, gpu=True, capturable=_gpu.CAPTURABLE)
