@@ -58,7 +58,7 @@ def contestants(cell: Cell, pass_: str) -> dict[str, Callable[[], Any]]:
         if not difference < 0.01:  # two bfloat16 results differ by 2e-3 to 5e-3
             raise AssertionError(f"{cell}: differs from cuDNN by {difference:.2e}")
 
-    views = [cupy.from_dlpack(x) for x in (dout, q, k, v)]
+    views: Any = [cupy.from_dlpack(x) for x in (dout, q, k, v)]
 
     def on_cupy() -> None:
         out, lse = cuflash.flash_attention(*views[1:], causal=cell.causal, return_lse=True)
