@@ -102,6 +102,18 @@ __device__ __forceinline__ TileRange tiles_of_task(const Params& p, const Band& 
     return tiles.first < tiles.last ? tiles : TileRange{beyond, beyond + 1};
 }
 
+// Whether the rows of one warpgroup may need fewer tiles than the task has.
+constexpr bool TRIMS = SPEC.bounded_left || SPEC.bounded_right;
+
+// The tiles that 64 rows need: at either end up to one less than all. (Not fewer: in the step from task to task V of a
+// tile left out is given back last, when the producer may already wait for it.)
+__device__ __forceinline__ TileRange tiles_of_rows(const Band& band, const TileRange& all, int q_first) {
+    if constexpr (!TRIMS) return all;
+    const TileRange own = band.kv_tiles(q_first, q_first + 63);
+    const TileRange some{max(all.first, min(own.first, all.first + 1)), min(all.last, max(own.last, all.last - 1))};
+    return own.first < own.last && some.first < some.last ? some : all;
+}
+
 // The tasks of this thread block, in order: `use(task)`. There is at least one.
 //
 // Under a mask the tiles of a head differ. Either there is a block for each, the longest first; or, with a smaller
@@ -378,13 +390,44 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
     int count = 0;         // of tasks
     Slot q_slot(count, warpgroup);
     Ring<> ring;
-    barrier_wait(smem.Q_full(q_slot.index), q_slot.parity);
-    Task task = load_task(smem.task(q_slot.index));
-    TileRange tiles = tiles_of_task(p, band, task.q_first);
-    int tile = tiles.first;
-    Scores scores(p, task.batch, task.head, band.offset);
+    Scores scores(p, 0, 0, band.offset);
     Softmax softmax;
     softmax.factor = RAW_SCORES ? scores.factor : 1.0f;
+    Task task;
+    TileRange tiles;  // of keys that these rows of the task need
+    int after;        // tiles that only the others need, behind those
+    int tile;
+    auto next_task = [&] {
+        barrier_wait(smem.Q_full(q_slot.index), q_slot.parity);
+        return load_task(smem.task(q_slot.index));
+    };
+    // Whether the task has rows for this warpgroup: the last tile of a head may not.
+    auto has_rows = [&](const Task& task) { return task.q_first + 64 * warpgroup < p.q_len; };
+    auto find_tiles = [&](const Task& task) {  // and how many the others need before them
+        const TileRange all = tiles_of_task(p, band, task.q_first);
+        tiles = tiles_of_rows(band, all, task.q_first + 64 * warpgroup);
+        after = all.last - tiles.last;
+        return tiles.first - all.first;
+    };
+    auto begin = [&](const Task& next) {
+        task = next;
+        tile = tiles.first;
+        scores = Scores(p, task.batch, task.head, band.offset);
+        softmax.restart();
+    };
+    const Turn turn{warpgroup};
+    // Tiles of the stream that these rows do not need: the turn is passed on, the buffers are given back.
+    auto pass_K = [&] {
+        turn.take();
+        turn.pass();
+        barrier_wait(smem.K_full(ring.stage), ring.parity);
+        if (lane == 0) barrier_arrive(smem.K_empty(ring.stage));
+    };
+    auto pass_V = [&](const Ring<>& ring) {
+        barrier_wait(smem.V_full(ring.stage), ring.parity);
+        if (lane == 0) barrier_arrive(smem.V_empty(ring.stage));
+    };
+
     float O[N_OUT][4];
     float S[N][4];
     // P of every other tile of a task, counted from its last, and of those between; one set of registers for both if
@@ -417,140 +460,188 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
         }
     };
 
-    // P_first of the first task
-    barrier_wait(smem.K_full(ring.stage), ring.parity);
-    wgmma_fence();
-    issue_scores(S, smem.Q(q_slot.index), smem.K(ring.stage));
-    wgmma_wait<0>();
-    pin(S);
-    release_scores();
-    finish();
-    softmax.follow(S, 0.0f, rescale);
-    softmax.exponentials(S, sum, in_place);
-    softmax.add(sum);
-    pack_into(P_even);
-
-    const Turn turn{warpgroup};
     turn.start();
-    Task finished{NONE, 0, 0};  // the task before, whose O is complete in its registers, but not written
-    float scale[2];             // the factors of that O
-    while (true) {
-        // The step to the second tile of a task, and from its last tile to the first of the next task: which of them
-        // may be there is not known, so this step can do both.
-        const Ring<> previous = ring;
-        const bool first = tile == tiles.first, crosses = tile + 1 == tiles.last;
-        Task next = task;
-        if (crosses) {
-            q_slot = Slot(++count, warpgroup);
-            barrier_wait(smem.Q_full(q_slot.index), q_slot.parity);
-            next = load_task(smem.task(q_slot.index));
+    Task next = next_task();
+    while (next.q_first != NONE) {
+        const int before = find_tiles(next);
+        const bool runs = has_rows(next);
+        for (int left = runs ? before : before + tiles.last - tiles.first + after; left > 0; --left) {
+            pass_K();
+            pass_V(ring);
+            ring.advance();
         }
-        ring.advance();
-        if (next.q_first != NONE) barrier_wait(smem.K_full(ring.stage), ring.parity);
+        if (!runs) {
+            if (lane == 0) barrier_arrive(smem.Q_empty(q_slot.index));
+            q_slot = Slot(++count, warpgroup);
+            next = next_task();
+            continue;
+        }
+
+        // A run of tasks. P_first of its first:
+        begin(next);
+        barrier_wait(smem.K_full(ring.stage), ring.parity);
         turn.take();
         wgmma_fence();
-        issue_scores(S, smem.Q(q_slot.index),
-                     smem.K(ring.stage));  // after the last task of anything: nobody looks at S
+        issue_scores(S, smem.Q(q_slot.index), smem.K(ring.stage));
         turn.pass();
-        if (first && finished.q_first != NONE) {
-            store_output(p, finished, warp_row, scale, O);
-            finished.q_first = NONE;
-        }
-        barrier_wait(smem.V_full(previous.stage), previous.parity);
-        wgmma_fence();
-        issue_output(O, P_even, smem.V(previous.stage), !first);
-        if (crosses) {
-            finished = task;
-            finish_softmax(p, finished, warp_row, softmax, scale);
-            task = next;
-            tiles = tiles_of_task(p, band, task.q_first);
-            tile = tiles.first - 1;
-            scores = Scores(p, task.batch, task.head, band.offset);
-            softmax.restart();
-        }
-        ++tile;
-        wgmma_wait<1>();
-        pin(S);
-        bool moved = false;
-        if (task.q_first != NONE) {
-            release_scores();
-            finish();
-            moved = softmax.follow(S, crosses ? 0.0f : RESCALE_THRESHOLD, rescale);
-            softmax.exponentials(S, sum, in_place);
-            softmax.add(sum);
-        }
         wgmma_wait<0>();
-        pin(O);
-        pin(P_even);
-        if (lane == 0) barrier_arrive(smem.V_empty(previous.stage));
-        if (moved && !crosses) rescale_output();
-        if (task.q_first == NONE) break;
+        pin(S);
+        release_scores();
+        finish();
+        softmax.follow(S, 0.0f, rescale);
+        softmax.exponentials(S, sum, in_place);
+        softmax.add(sum);
         pack_into(P_even);
 
-        // P_tile, while O += P_{tile - 1} V_{tile - 1}
-        auto advance = [&](unsigned int (&P_previous)[N / 2][4], unsigned int (&P)[N / 2][4]) {
-            const Ring<> before = ring;
+        Task finished = task;  // the task before, whose O is complete in its registers,
+        bool pending = false;  // and not written yet,
+        float scale[2];        // and its factors
+        while (true) {
+            // The step to the second tile of a task, and from its last tile to the first of the next task: which of
+            // them may be there is not known, so this step can do both.
+            const Ring<> previous = ring;
+            const bool first = tile == tiles.first, crosses = tile + 1 == tiles.last;
+            bool goes_on = true;
+            int passed = 0;  // tiles between the two
+            next = task;
+            if (crosses) {
+                passed = after;
+                q_slot = Slot(++count, warpgroup);
+                next = next_task();
+                goes_on = next.q_first != NONE && has_rows(next);
+                const int before = find_tiles(next);
+                if (goes_on) passed += before;
+            }
             ring.advance();
-            ++tile;
-            barrier_wait(smem.K_full(ring.stage), ring.parity);
-            turn.take();
+            if constexpr (TRIMS) {
+                for (int i = 0; i < passed; ++i) {
+                    pass_K();
+                    ring.advance();
+                }
+            }
+            if (goes_on) {
+                barrier_wait(smem.K_full(ring.stage), ring.parity);
+                turn.take();
+            }
             wgmma_fence();
-            issue_scores(S, smem.Q(q_slot.index), smem.K(ring.stage));
-            barrier_wait(smem.V_full(before.stage), before.parity);
-            issue_output(O, P_previous, smem.V(before.stage), true);
-            turn.pass();
+            issue_scores(S, smem.Q(q_slot.index), smem.K(ring.stage));  // of anything, if the run ends: nobody looks
+            if (goes_on) turn.pass();
+            if (first && pending) {
+                store_output(p, finished, warp_row, scale, O);
+                pending = false;
+            }
+            barrier_wait(smem.V_full(previous.stage), previous.parity);
+            wgmma_fence();
+            issue_output(O, P_even, smem.V(previous.stage), !first);
+            if (crosses) {
+                finished = task;
+                pending = true;
+                finish_softmax(p, finished, warp_row, softmax, scale);
+                begin(next);
+                tile = tiles.first - 1;  // not `else ++tile`: ptxas would take the tile for one that differs in a warp
+            }
+            ++tile;
             wgmma_wait<1>();
             pin(S);
-            if constexpr (!IN_PLACE) release_scores();
-            finish();
-            auto exponentials = [&] {
-                if constexpr (TILE.p_sets == 2) {
-                    softmax.exponentials(S, sum, [&](int n, const float (&x)[4]) { pack_tile(P, n, x); });
-                } else {
-                    softmax.exponentials(S, sum, in_place);
-                }
-            };
-            bool grown = false, fits = true;
-            if constexpr (!KEEPS_M) grown = softmax.follow(S, RESCALE_THRESHOLD, rescale);
-            exponentials();
-            if constexpr (KEEPS_M) fits = softmax.in_range(sum);
-            if constexpr (IN_PLACE) fits = named_barrier_all(1 + GROUPS + warpgroup, 128, fits);
+            bool moved = false;
+            if (goes_on) {
+                release_scores();
+                finish();
+                moved = softmax.follow(S, crosses ? 0.0f : RESCALE_THRESHOLD, rescale);
+                softmax.exponentials(S, sum, in_place);
+                softmax.add(sum);
+            }
             wgmma_wait<0>();
             pin(O);
-            pin(P_previous);
-            if (lane == 0) barrier_arrive(smem.V_empty(before.stage));
-            if (!fits) {
-                if constexpr (IN_PLACE) {  // the product takes the whole warpgroup, so it decided together
-                    wgmma_fence();
-                    issue_scores(S, smem.Q(q_slot.index), smem.K(ring.stage));
-                    wgmma_wait<0>();
-                    pin(S);
-                    finish();
-                }
-                grown = softmax.follow(S, 0.0f, rescale);
-                exponentials();
-            }
-            if constexpr (IN_PLACE) release_scores();
-            softmax.add(sum);
-            if (grown) rescale_output();
-            if constexpr (TILE.p_sets == 1) pack_into(P);
-        };
-        // The other tiles of the task: an even number of them, so that the last P is in P_even.
-        const int steps = crosses ? 0 : tiles.last - 1 - tile;
-        if constexpr (TILE.p_sets == 2) {
-            if (steps % 2 == 0) {
-#pragma unroll 1
-                for (int pair = 0; pair < steps / 2; ++pair) {
-                    advance(P_even, P_odd);
-                    advance(P_odd, P_even);
+            pin(P_even);
+            if (lane == 0) barrier_arrive(smem.V_empty(previous.stage));
+            if constexpr (TRIMS) {
+                Ring<> behind = previous;
+                for (int i = 0; i < passed; ++i) {
+                    behind.advance();
+                    pass_V(behind);
                 }
             }
-        } else {
+            if (moved && !crosses) rescale_output();
+            if (!goes_on) break;
+            pack_into(P_even);
+
+            // P_tile, while O += P_{tile - 1} V_{tile - 1}
+            auto advance = [&](unsigned int (&P_previous)[N / 2][4], unsigned int (&P)[N / 2][4]) {
+                const Ring<> before = ring;
+                ring.advance();
+                ++tile;
+                barrier_wait(smem.K_full(ring.stage), ring.parity);
+                turn.take();
+                wgmma_fence();
+                issue_scores(S, smem.Q(q_slot.index), smem.K(ring.stage));
+                barrier_wait(smem.V_full(before.stage), before.parity);
+                issue_output(O, P_previous, smem.V(before.stage), true);
+                turn.pass();
+                wgmma_wait<1>();
+                pin(S);
+                if constexpr (!IN_PLACE) release_scores();
+                finish();
+                bool grown = false, fits = true;
+                if constexpr (TILE.p_sets == 2) {
+                    // Again with another m where P is out of range; a loop, so that P is computed in one place. That it
+                    // comes before the vote keeps it under the product: otherwise ptxas moves the wait before it.
 #pragma unroll 1
-            for (int step = 0; step < steps; ++step) advance(P_even, P_even);
+                    while (true) {
+                        softmax.exponentials(S, sum, [&](int n, const float (&x)[4]) { pack_tile(P, n, x); });
+                        pin(P);
+                        if (softmax.in_range(sum)) break;
+                        const bool moved = softmax.follow(S, 0.0f, rescale);
+                        grown |= moved;
+                        if (!moved) break;
+                    }
+                } else {
+                    if constexpr (!KEEPS_M) grown = softmax.follow(S, RESCALE_THRESHOLD, rescale);
+                    // Once, since no sum is negative: a loop for the same end.
+#pragma unroll 1
+                    do {
+                        softmax.exponentials(S, sum, in_place);
+                    } while (!IN_PLACE && __any_sync(0xFFFFFFFF, sum[0] + sum[1] < 0.0f));
+                    if constexpr (IN_PLACE)
+                        fits = named_barrier_all(1 + GROUPS + warpgroup, 128, softmax.in_range(sum));
+                }
+                wgmma_wait<0>();
+                pin(O);
+                pin(P_previous);
+                if (lane == 0) barrier_arrive(smem.V_empty(before.stage));
+                if constexpr (IN_PLACE) {
+                    if (!fits) {  // the product takes the whole warpgroup, so it decided together
+                        wgmma_fence();
+                        issue_scores(S, smem.Q(q_slot.index), smem.K(ring.stage));
+                        wgmma_wait<0>();
+                        pin(S);
+                        finish();
+                        grown = softmax.follow(S, 0.0f, rescale);
+                        softmax.exponentials(S, sum, in_place);
+                    }
+                    release_scores();
+                }
+                softmax.add(sum);
+                if (grown) rescale_output();
+                if constexpr (TILE.p_sets == 1) pack_into(P);
+            };
+            // The other tiles of the task: an even number of them, so that the last P is in P_even.
+            const int steps = crosses ? 0 : tiles.last - 1 - tile;
+            if constexpr (TILE.p_sets == 2) {
+                if (steps % 2 == 0) {
+#pragma unroll 1
+                    for (int pair = 0; pair < steps / 2; ++pair) {
+                        advance(P_even, P_odd);
+                        advance(P_odd, P_even);
+                    }
+                }
+            } else {
+#pragma unroll 1
+                for (int step = 0; step < steps; ++step) advance(P_even, P_even);
+            }
         }
+        store_output(p, finished, warp_row, scale, O);
     }
-    store_output(p, finished, warp_row, scale, O);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

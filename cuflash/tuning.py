@@ -201,7 +201,7 @@ def _hopper_forward_tile(spec: Spec, vector: int) -> Tile:
 def tile_of(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int | None = None) -> Tile:
     """The tile of a kernel on a code path; `vector` is the width of its copies in bytes.
 
-    `shared_limit` is what a thread block of the GPU may have; by default what the path's own GPUs give.
+    `shared_limit` is what a thread block of the GPU may have, where that may be less than the path's own GPUs give.
     """
     if kernel == "forward_hopper":
         return _hopper_forward_tile(spec, vector)
@@ -219,7 +219,9 @@ def _portable_tile(kernel: str, spec: Spec, path: int, vector: int, shared_limit
     table = _PORTABLE[kernel, element_bytes]
     reach = next(dim for dim in table if max(spec.head_dim, spec.head_dim_v) <= dim)
     candidates = table[reach]
-    limit = SHARED_MEMORY.get(path, min(SHARED_MEMORY.values())) if shared_limit is None else shared_limit
+    limit = SHARED_MEMORY.get(path, min(SHARED_MEMORY.values()))
+    if shared_limit is not None:
+        limit = min(limit, shared_limit)
     if not _long_score_stage(spec) and (kernel, element_bytes, reach) in _PLAIN:
         candidates = (_PLAIN[kernel, element_bytes, reach], *candidates)
     for rows, cols, stages, warps, split, blocks in candidates:

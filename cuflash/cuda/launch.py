@@ -279,7 +279,7 @@ def _kernel(name: str, spec: Spec, vector: int, target: toolchain.Target, device
 
 @lru_cache
 def _shared_limit(device: int) -> int:
-    """Shared memory that one thread block may have: a forced older path must fit the GPU that is there."""
+    """Shared memory that one thread block may have: a forced path must fit the GPU that is there."""
     return toolchain.import_cupy().cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
 
 

@@ -47,7 +47,7 @@ def jobs_of(spec: Spec, target: Target, vector: int = 16, ways: Iterable[dict[st
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precompiled:
-    """What came of the jobs; the same job given twice counts once."""
+    """What came of the jobs; those with the same text and options count once."""
 
     compiled: int
     present: int  # in the folder already
@@ -75,23 +75,23 @@ def precompile(
     if workers < 1:
         raise ValueError(f"workers is {workers}; allowed are 1 and more")
     version = toolchain().version
-    keys = {job: cache.key(jit.source(*job[:3]), options(job[3])) for job in jobs}
+    distinct = {cache.key(jit.source(*job[:3]), options(job[3])): job for job in jobs}
     folder = Path(output) if output is not None else cache.user_folder()
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(errno.EACCES, "the folder for compiled kernels cannot be written", str(folder))
 
-    def make(job: Job) -> bool:
-        if cache.load(folder, keys[job], version) is not None:
+    def make(key: str, job: Job) -> bool:
+        if cache.load(folder, key, version) is not None:
             return False
-        cache.store(folder, keys[job], version, jit.compile_variant(*job).cubin)
+        cache.store(folder, key, version, jit.compile_variant(*job).cubin)
         return True
 
     made: list[bool] = []
     failed: list[tuple[Job, str]] = []
     pool = ThreadPoolExecutor(workers)
     try:
-        futures = {pool.submit(make, job): job for job in keys}
+        futures = {pool.submit(make, key, job): job for key, job in distinct.items()}
         for done, future in enumerate(as_completed(futures), 1):
             job = futures[future]
             try:
@@ -99,7 +99,7 @@ def precompile(
             except (RuntimeError, OSError) as error:  # rejected by the compiler, not known to it, or a full disk
                 failed.append((job, str(error)))
             if progress:
-                progress(done, len(keys), job)
+                progress(done, len(distinct), job)
     finally:
         pool.shutdown(cancel_futures=True)
     if output is None:

@@ -47,7 +47,7 @@ class Target:
     """
 
     arch: str  # NVRTC's name, e.g. "sm_90a"
-    path: int  # the macro CUFLASH_ARCH of the sources, 100 * major + 10 * minor, e.g. 900
+    path: int  # which tiles and instructions it takes, 100 * major + 10 * minor, e.g. 900
 
     @classmethod
     def named(cls, arch: str) -> Target:
@@ -201,8 +201,13 @@ class CompileResult:
 
 
 def options(target: Target) -> tuple[str, ...]:
-    """NVRTC's options, as far as they are the same on every machine: with the source they decide the cubin."""
-    return ("-std=c++20", f"-arch={target.arch}", f"-DCUFLASH_ARCH={target.path}", "--ptxas-options=-v")
+    """NVRTC's options, as far as they are the same on every machine: with the source they decide the cubin.
+
+    CUFLASH_ARCH is the instruction set that the sources use: Turing's (750), or what every later GPU has (800), so that
+    all later paths share a cubin where they share a tile. (The Hopper kernels are files of their own.)
+    """
+    instructions = 800 if target.path >= 800 else 750
+    return ("-std=c++20", f"-arch={target.arch}", f"-DCUFLASH_ARCH={instructions}", "--ptxas-options=-v")
 
 
 def compile_cubin(text: str, target: Target, *, name: str) -> CompileResult:

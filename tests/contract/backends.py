@@ -124,7 +124,7 @@ def tensor_core_error(case: Case, inputs: Inputs, name: str, oracle: np.ndarray)
         return 2**-24 * float(np.abs(oracle[np.isfinite(oracle)]).max(initial=0.0))
     if name != "lse" or not np.isfinite(oracle).any():
         return 0.0
-    q, k = (np.nan_to_num(x.astype(np.float64)) for x in (inputs.q, inputs.k))
+    q, k = (np.nan_to_num(x.astype(np.float64), posinf=0, neginf=0) for x in (inputs.q, inputs.k))
     if case.layout == "bhsd":
         q, k = q.swapaxes(-3, -2), k.swapaxes(-3, -2)
     k = k.repeat(case.heads // case.kv_heads, axis=-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -50,14 +51,22 @@ def compiled(request: pytest.FixtureRequest) -> None:
     from cuflash.cuda import toolchain
     from cuflash.cuda.precompile import precompile
 
+    cases: dict[tuple[Any, Case], None] = {}
+    for item in request.session.items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        backend, case = parameters.get("backend"), parameters.get("prepared")
+        if backend is None or backend.forced_arch is None:
+            continue
+        if case is not None:
+            cases[backend, case] = None
+        else:
+            for dtype, fields in product(backend.dtypes, getattr(item.module, "OTHER_CASES", ())):
+                cases[backend, Case(name="", dtype=dtype, **fields)] = None
     jobs = []
     with pytest.MonkeyPatch.context() as patch:
-        for item in request.session.items:
-            parameters = item.callspec.params if hasattr(item, "callspec") else {}
-            backend, case = parameters.get("backend"), parameters.get("prepared")
-            if backend is not None and case is not None and backend.forced_arch is not None:
-                patch.setenv("CUFLASH_FORCE_ARCH", backend.forced_arch)
-                jobs += needed_jobs(case, toolchain.device_target(0))
+        for backend, case in cases:
+            patch.setenv("CUFLASH_FORCE_ARCH", backend.forced_arch)
+            jobs += needed_jobs(case, toolchain.device_target(0))
     outcome = precompile(jobs)
     assert not outcome.failed, outcome.failed[0]
 

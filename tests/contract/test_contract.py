@@ -107,6 +107,21 @@ FEATURES: dict[str, Any] = {
 }
 
 
+NAN_CASES: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "window": {"window_size": (5, 0)},
+    "window, softcap, sinks": {"window_size": (5, 3), "softcap": 3.0, "sinks": "float32"},
+}
+
+# What these tests have for cases: a backend that compiles does so ahead of them, in parallel.
+OTHER_CASES = (
+    FEATURES,
+    *NAN_CASES.values(),
+    {"head_dim": 128, "head_dim_v": 128},
+    {"causal": True, "sinks": "float32"},
+)
+
+
 def case_in(backend: Backend, dtype: str, **fields: Any) -> Case:
     if dtype not in backend.dtypes:
         pytest.skip(f"{backend.name} has no {dtype}")
@@ -235,12 +250,6 @@ def test_scores_that_grow_from_tile_to_tile(backend: Backend, towards: str, grow
 
 
 # ---- NaN gets at least where the arithmetic puts it, and never to another head -----------------------------------
-
-NAN_CASES: dict[str, dict[str, Any]] = {
-    "causal": {"causal": True},
-    "window": {"window_size": (5, 0)},
-    "window, softcap, sinks": {"window_size": (5, 3), "softcap": 3.0, "sinks": "float32"},
-}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
