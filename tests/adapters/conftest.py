@@ -1,5 +1,5 @@
-"""The adapters run cases of the contract suite, and leave out what a backend does not have as it does."""
+"""The adapters run the contract suite's cases: they leave out what a backend does not have, and compile ahead, too."""
 
-from tests.contract.conftest import pytest_collection_modifyitems
+from tests.contract.conftest import compiled, pytest_collection_modifyitems
 
-__all__ = ["pytest_collection_modifyitems"]
+__all__ = ["compiled", "pytest_collection_modifyitems"]

@@ -30,6 +30,7 @@ CUDA = Backend(
     numpy=np.asarray,
     dtypes=("float16", "bfloat16", "float32"),
     marks=(pytest.mark.gpu,),
+    forced_arch="",  # the GPU's own
     arithmetic=tensor_core_error,
 )
 BACKENDS = [pytest.param(backend, id=backend.name.split()[1], marks=backend.marks) for backend in (CPU, CUDA)]

@@ -17,6 +17,7 @@ from tests.contract.cases import CASES, make_inputs
 from tests.contract.conftest import Prepared
 from tests.contract.expected import expected_backward, expected_forward
 from tests.contract.test_contract import (  # noqa: F401
+    OTHER_CASES,
     test_a_sink_far_below_every_score,
     test_a_sink_of_minus_infinity_is_no_sink,
     test_backward,
@@ -34,6 +35,8 @@ IN_JAX = [replace(case, gradients="new", gradients_dtype="same") for case in CAS
 
 @pytest.fixture(params=jax_backend.BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param.forced_arch is not None:
+        request.getfixturevalue("compiled")
     return request.param
 
 
