@@ -129,42 +129,60 @@ def _batched(primitive: Primitive, arrays: Sequence[Any], dims: Sequence[Any], *
 
     Into its heads where the batch axis would not do: packed sequences have none, and the gradient of sinks is a sum
     over it where each example has its own. One call an example where the boundaries of sequences differ between
-    examples, and with dropout, whose mask depends on the place in the batch.
+    examples, with dropout, whose mask depends on the place in the batch, and where the heads to fold into are spread
+    over an explicit axis of a mesh.
     """
-    operands = tuple(zip(call.operands, arrays, dims, strict=True))
-    mapped = {name: axes_of(call, name, x.ndim - 1) for name, x, dim in operands if dim is not None}
-    size = next(x.shape[dim] for _, x, dim in operands if dim is not None)
-    if call.options.dropout_p > 0 or ("boundaries",) in mapped.values():
-        return _one_by_one(primitive, arrays, dims, call)
-    into = "batch" if "sinks" not in call.operands and all("batch" in axes for axes in mapped.values()) else "heads"
+    size = next(x.shape[dim] for x, dim in zip(arrays, dims, strict=True) if dim is not None)
+    mapped = [dim is not None for dim in dims]
+    arrays = [x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(arrays, dims, strict=True)]
+    ranks = [x.ndim - of_examples for x, of_examples in zip(arrays, mapped, strict=True)]
+    axes = [axes_of(call, name, rank) for name, rank in zip(call.operands, ranks, strict=True)]
+    axes_of_mapped = [a for a, of_examples in zip(axes, mapped, strict=True) if of_examples]
+    into = "batch" if "sinks" not in call.operands and all("batch" in a for a in axes_of_mapped) else "heads"
+
+    # Of two axes that become one, only the major one may be spread over an explicit axis of a mesh.
+    specs = [jax.typeof(x).sharding.spec[x.ndim - rank :] for x, rank in zip(arrays, ranks, strict=True)]
+    spread = any(dict(zip(*pair, strict=True)).get(into) is not None for pair in zip(axes, specs, strict=True))
+    if spread:
+        arrays = [
+            _with_whole_first_axis(x) if of_examples else x for x, of_examples in zip(arrays, mapped, strict=True)
+        ]
+    if call.options.dropout_p > 0 or ("boundaries",) in axes_of_mapped or (spread and into == "heads"):
+        return _one_by_one(primitive, arrays, mapped, call)
+
     folded = []
-    for name, x, dim in operands:
-        x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
-        axes = axes_of(call, name, x.ndim - 1)
-        if into not in axes:  # the same for all examples
-            folded.append(x[0])
-            continue
-        place = axes.index(into)
-        folded.append(jnp.moveaxis(x, 0, place).reshape(*x.shape[1 : place + 1], -1, *x.shape[place + 2 :]))
-    results, places = [], []
+    for x, of_examples, a in zip(arrays, mapped, axes, strict=True):
+        if into in a:
+            x = x if of_examples else jnp.broadcast_to(x, (size, *x.shape))
+            place = a.index(into)
+            x = jnp.moveaxis(x, 0, place + spread)
+            x = x.reshape(*x.shape[:place], x.shape[place] * x.shape[place + 1], *x.shape[place + 2 :])
+        folded.append(x)
+    results, dims_out = [], []
     for name, x in zip(call.results, primitive.bind(*folded, call=call), strict=True):
         place = axes_of(call, name, x.ndim).index(into)
         length = x.shape[place] // size if size else 0
-        results.append(x.reshape(*x.shape[:place], size, length, *x.shape[place + 1 :]))
-        places.append(place)
-    return results, places
+        pair = (length, size) if spread else (size, length)
+        results.append(x.reshape(*x.shape[:place], *pair, *x.shape[place + 1 :]))
+        dims_out.append(place + spread)
+    return results, dims_out
 
 
-def _one_by_one(primitive: Primitive, arrays: Sequence[Any], dims: Sequence[Any], call: Call) -> tuple[Any, Any]:
-    mapped = [i for i, dim in enumerate(dims) if dim is not None]
+def _with_whole_first_axis(x: Any) -> Any:
+    sharding = jax.typeof(x).sharding
+    return jax.sharding.reshard(x, sharding.update(spec=P(None, *sharding.spec[1:])))
+
+
+def _one_by_one(primitive: Primitive, arrays: Sequence[Any], mapped: Sequence[bool], call: Call) -> tuple[Any, Any]:
+    places = [i for i, of_examples in enumerate(mapped) if of_examples]
 
     def example(parts: list[Any]) -> list[Any]:
         whole = list(arrays)
-        for i, part in zip(mapped, parts, strict=True):
+        for i, part in zip(places, parts, strict=True):
             whole[i] = part
         return primitive.bind(*whole, call=call)
 
-    results = jax.lax.map(example, [jnp.moveaxis(arrays[i], dims[i], 0) for i in mapped])
+    results = jax.lax.map(example, [arrays[i] for i in places])
     return results, [0] * len(results)
 
 

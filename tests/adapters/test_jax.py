@@ -278,7 +278,7 @@ np.savez(sys.argv[3], **dict(zip("qkv", map(np.asarray, gradients))))
 
 def test_export_to_another_process(tmp_path: Any):
     arrays = dense()
-    exported = export.export(jax.jit(jax.grad(loss_of, (0, 1, 2))), platforms=["cpu"], disabled_checks=CHECKS)
+    exported = export.export(jax.jit(jax.grad(loss_of, (0, 1, 2))), platforms=["cpu", "cuda"], disabled_checks=CHECKS)
     blob = exported(*map(jnp.asarray, arrays.values())).serialize()
     (tmp_path / "exported").write_bytes(blob)
     np.savez(tmp_path / "arrays.npz", **arrays)

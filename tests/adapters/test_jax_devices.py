@@ -138,16 +138,23 @@ def test_packed_sequences_over_heads(make_mesh: MakeMesh):
     assert_close(out, cuflash.flash_attention(q, k, v, **options))
 
 
-def test_vmap_over_a_sharded_axis(make_mesh: MakeMesh):
-    mesh = make_mesh(2, 1)
-    arrays = {name: x for name, x in attention_arrays().items() if name != "sinks"}
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize(
+    "spec", [P("data"), P(None, "data"), P(None, None, None, "model"), P("data", None, None, "model")], ids=str
+)
+def test_vmap_over_sharded_arrays(make_mesh: MakeMesh, spec: P, sinks: bool, kind: AxisType):
+    mesh = make_mesh(2, 2, kind)
+    arrays = {name: x for name, x in attention_arrays().items() if sinks or name != "sinks"}
     examples = {name: np.stack([x, 2 * x]) for name, x in arrays.items()}
-    given = {name: jax.device_put(x, NamedSharding(mesh, P("data"))) for name, x in examples.items()}
-    gradients = jax.jit(jax.vmap(jax.grad(loss)))(given)
+    specs = {name: spec if name != "sinks" else P(spec[0]) for name in examples}
+    given = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in examples.items()}
+    with jax.set_mesh(mesh):
+        gradients = jax.jit(jax.vmap(jax.grad(loss)))(given)
     for i in range(2):
         expected = expected_gradients({name: x[i] for name, x in examples.items()})
         for name, gradient in gradients.items():
-            assert_close(gradient[i], expected[name])
+            np.testing.assert_allclose(np.asarray(gradient)[i], expected[name], rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
