@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -14,7 +18,7 @@ from tests.adapters import jax_backend
 jax = jax_backend.jax
 
 import cuflash  # noqa: E402
-from cuflash.adapters.jax import _handler  # noqa: E402
+from cuflash.adapters.jax import _gpu, _handler  # noqa: E402
 from cuflash.adapters.jax._call import Call, Options  # noqa: E402
 
 CALL = Call(False, ("q", "k", "v"), Options(causal=True, seed=2**64 - 1, window_size=(None, 3)))
@@ -137,3 +141,43 @@ def test_an_older_jax_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delitem(sys.modules, "cuflash.adapters.jax")
     with pytest.raises(cuflash.UnsupportedError, match=r"jax: got version 0\.9\.2; allowed: 0\.10 or newer"):
         __import__("cuflash.adapters.jax")
+
+
+class HostCuPy:
+    """What the adapter uses of CuPy, for memory of the host; it notes the device and the stream of a call."""
+
+    def __init__(self) -> None:
+        self.entered: list[Any] = []
+        attributes = SimpleNamespace(pointerGetAttributes=lambda address: SimpleNamespace(device=3))
+        self.cuda = SimpleNamespace(
+            runtime=attributes,
+            Device=lambda device: self.enter("device", device),
+            Stream=SimpleNamespace(from_external=lambda stream: self.enter("stream", stream.__cuda_stream__())),
+            UnownedMemory=lambda address, size, owner, device: (address, size, device),
+            MemoryPointer=lambda memory, offset: memory,
+        )
+
+    @contextmanager
+    def enter(self, *what: Any) -> Iterator[None]:
+        self.entered.append(what)
+        yield
+
+    def ndarray(self, shape: tuple[int, ...], dtype: np.dtype, memory: tuple[int, int, int]) -> np.ndarray:
+        address, size, device = memory
+        assert (size, device) == (int(np.prod(shape)) * dtype.itemsize, 3)
+        return np.ndarray(shape, dtype, memoryview((ctypes.c_char * size).from_address(address)))
+
+
+def test_a_gpu_call_goes_over_views_on_its_device_and_stream(monkeypatch: pytest.MonkeyPatch):
+    cupy = HostCuPy()
+    monkeypatch.setattr(_gpu, "import_cupy", lambda: cupy)
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, 9, 2, 8), dtype=np.float32).astype(ml_dtypes.bfloat16)
+    out, lse = np.empty_like(q), np.empty((2, 2, 9), np.float32)
+    frame = Frame([q, k, v], [out, lse])
+    assert frame.call(_handler.handler(_gpu.run_on_gpu, gpu=True, capturable=False)) is None
+    assert frame.errors == []
+    expected = cuflash.flash_attention(q, k, v, causal=True, window_size=(None, 3), return_lse=True)
+    np.testing.assert_array_equal(out, expected[0])
+    np.testing.assert_array_equal(lse, expected[1])
+    assert cupy.entered == [("device", 3), ("stream", (0, 1234))]
