@@ -7,13 +7,18 @@ XLA calls a handler with a call frame, which holds addresses: the operands, the 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cuflash.adapters.jax import _gpu
 from cuflash.adapters.jax._call import Call, run
@@ -215,6 +220,7 @@ def _stream(api: _Api, context: int) -> int:
 
 def run_on_cpu(call: Call, operands: Sequence[Block], results: Sequence[Block], stream: int) -> None:
     """Through NumPy views; XLA's CPU has no stream."""
+    finish_at_exit()
     run(call, [_numpy(block) for block in operands], [_numpy(block) for block in results])
 
 
@@ -240,6 +246,25 @@ def register() -> None:
     for platform, function in (("cpu", _ON_CPU), ("CUDA", _ON_GPU)):
         for name in _TARGETS:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform=platform)
+
+
+@lru_cache
+def finish_at_exit() -> None:
+    """Once something was compiled for the CPU: have the interpreter wait for it before it ends.
+
+    A handler that is entered after that waits for the interpreter for ever, and JAX for the handler.
+    """
+    atexit.register(_finish)
+
+
+def _finish() -> None:
+    for array in jax.live_arrays("cpu"):
+        with suppress(RuntimeError):  # of a computation that failed, or an array that was donated
+            array.block_until_ready()
+    # Calls whose results nobody kept: a device's computations start in the order in which they were dispatched.
+    devices = jax.local_devices(backend="cpu")
+    last = NamedSharding(Mesh(np.array(devices), "devices"), PartitionSpec("devices"))
+    jax.jit(jnp.negative)(jax.device_put(np.zeros(len(devices)), last)).block_until_ready()
 
 
 _ON_CPU = handler(run_on_cpu, gpu=False, capturable=False)

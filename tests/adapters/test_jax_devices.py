@@ -271,3 +271,25 @@ def test_one_process_a_device(tmp_path: Path):
             for name, gradient in gradients.items():
                 part = expected[name] if name == "sinks" else np.split(expected[name], 2)[rank]
                 np.testing.assert_allclose(gradient, part, rtol=2e-5, atol=2e-5)
+
+
+ENDING = """
+import jax
+import jax.numpy as jnp
+from cuflash.adapters.jax import flash_attention
+
+jax.config.update("jax_num_cpu_devices", 4)
+x = jnp.ones((4, 2, 128, 4, 16))
+attend = jax.pmap(lambda x: flash_attention(x, x, x))
+for _ in range(4):
+    kept = attend(x)
+if {drop}:
+    del kept
+"""
+
+
+@pytest.mark.parametrize("drop", [False, True], ids=["results kept", "results dropped"])
+def test_the_interpreter_ends_while_calls_run(drop: bool):
+    """Without waiting for them it would wait for ever."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", ENDING.format(drop=drop)], check=True, timeout=60, env=environment)
