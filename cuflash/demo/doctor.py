@@ -53,7 +53,7 @@ def torch_tensors() -> Finding:
 
 
 def jax_arrays() -> Finding:
-    return _framework("jax", "DLPack")
+    return _framework("jax", "cuflash.adapters.jax")
 
 
 def exact_on_cpu() -> Finding:

@@ -1,0 +1,295 @@
+"""The JAX adapter over several devices: what plain jit partitions, and shard_map."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cuflash
+from tests.adapters.test_jax import Arrays, assert_close, draw, on_numpy
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+from jax.sharding import AxisType, NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+
+from cuflash.adapters.jax import flash_attention  # noqa: E402
+
+BATCH, Q_LEN, KV_LEN, HEADS, DIM = 4, 24, 32, 4, 16
+
+MakeMesh = Callable[..., Any]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def make_mesh(request: pytest.FixtureRequest) -> MakeMesh:
+    def make(data: int, model: int, kind: AxisType = AxisType.Auto) -> Any:
+        devices = jax.devices(request.param)
+        if len(devices) < data * model:
+            pytest.skip(f"{data * model} devices are needed, {len(devices)} are here")
+        return jax.make_mesh((data, model), ("data", "model"), (kind, kind), devices=devices[: data * model])
+
+    return make
+
+
+def attention_arrays(kv_heads: int = 2) -> Arrays:
+    q = draw(BATCH, Q_LEN, HEADS, DIM)
+    k, v = (draw(BATCH, KV_LEN, kv_heads, DIM, seed=seed) for seed in (1, 2))
+    return {"q": q, "k": k, "v": v, "sinks": draw(HEADS)}
+
+
+def loss(given: dict[str, Any], **options: Any) -> Any:
+    out, lse = flash_attention(**given, **options, return_lse=True)
+    return (out**2).sum() + lse.sum()
+
+
+def expected_gradients(arrays: Arrays, **options: Any) -> dict[str, np.ndarray]:
+    out, lse = cuflash.flash_attention(**arrays, **options, return_lse=True)
+    return on_numpy(arrays, 2 * out, np.ones_like(lse), **options)
+
+
+def assert_gradients(gradients: dict[str, Any], expected: dict[str, np.ndarray]) -> None:
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[name])
+
+
+def local_shapes(compiled: Any, target: str) -> list[tuple[int, ...]]:
+    """The first result's shape of every call of the handler in a compiled program: of a device's out or dq."""
+    calls = re.findall(rf'= \(?\w+\[([\d,]*)\].* custom-call\(.*custom_call_target="{target}"', compiled.as_text())
+    return [tuple(map(int, shape.split(","))) for shape in calls]
+
+
+# the mesh (data, model), kv_heads, and the shape of q that a device works on
+SPREAD = {
+    "batch": ((4, 1), 2, (1, Q_LEN, HEADS, DIM)),
+    "heads": ((1, 2), 2, (BATCH, Q_LEN, 2, DIM)),
+    "batch and heads": ((2, 2), 2, (2, Q_LEN, 2, DIM)),
+    "heads, as many of keys": ((2, 2), 4, (2, Q_LEN, 2, DIM)),
+    "heads, one of keys": ((1, 4), 1, (BATCH, Q_LEN, 1, DIM)),
+    "heads, two devices for one of keys": ((1, 4), 2, (BATCH, Q_LEN, 1, DIM)),
+}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("case", SPREAD)
+def test_jit_partitions_batch_and_heads(make_mesh: MakeMesh, case: str, kind: AxisType):
+    shape, kv_heads, local = SPREAD[case]
+    mesh = make_mesh(*shape, kind)
+    arrays = attention_arrays(kv_heads)
+    key_axis = "model" if kv_heads % shape[1] == 0 else None
+    specs = {
+        "q": P("data", None, "model"),
+        "k": P("data", None, key_axis),
+        "v": P("data", None, key_axis),
+        "sinks": P("model"),
+    }
+    given = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in arrays.items()}
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(partial(loss, causal=True))).lower(given).compile()
+        gradients = step(given)
+        forward = jax.jit(partial(flash_attention, causal=True)).lower(**given).compile()
+    assert local_shapes(forward, "cuflash_forward") == [local]
+    assert local_shapes(step, "cuflash_backward") == [local]
+    assert "all-gather" not in forward.as_text()
+    assert_close(forward(**given), cuflash.flash_attention(**arrays, causal=True))
+    assert_gradients(gradients, expected_gradients(arrays, causal=True))
+
+
+def test_a_sharded_length_is_gathered(make_mesh: MakeMesh):
+    """Heads stay spread; the keys, spread over their length, come to every device first."""
+    mesh = make_mesh(2, 2)
+    arrays = attention_arrays()
+    specs = {"q": P(None, None, "model"), "k": P(None, "data"), "v": P(None, "data"), "sinks": P()}
+    given = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in arrays.items()}
+    assert_gradients(jax.jit(jax.grad(loss))(given), expected_gradients(arrays))
+
+
+def test_dropout_is_the_same_however_it_is_sharded(make_mesh: MakeMesh):
+    mesh = make_mesh(2, 2)
+    arrays = attention_arrays()
+    given = {
+        name: jax.device_put(x, NamedSharding(mesh, P("data") if x.ndim == 4 else P())) for name, x in arrays.items()
+    }
+    options = {"dropout_p": 0.3, "seed": 11}
+    assert_gradients(jax.jit(jax.grad(partial(loss, **options)))(given), expected_gradients(arrays, **options))
+
+
+def test_packed_sequences_over_heads(make_mesh: MakeMesh):
+    mesh = make_mesh(1, 2)
+    boundaries = np.array([0, 10, 24], np.int32)
+    q, k, v = (draw(24, heads, DIM, seed=heads) for heads in (4, 2, 2))
+    sharding = NamedSharding(mesh, P(None, "model"))
+    options = {"cu_seqlens_q": boundaries, "cu_seqlens_k": boundaries, "causal": True}
+    compiled = (
+        jax.jit(partial(flash_attention, **options)).lower(*(jax.device_put(x, sharding) for x in (q, k, v))).compile()
+    )
+    assert local_shapes(compiled, "cuflash_forward") == [(24, 2, DIM)]
+    out = compiled(*(jax.device_put(x, sharding) for x in (q, k, v)))
+    assert_close(out, cuflash.flash_attention(q, k, v, **options))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize(
+    "spec", [P("data"), P(None, "data"), P(None, None, None, "model"), P("data", None, None, "model")], ids=str
+)
+def test_vmap_over_sharded_arrays(make_mesh: MakeMesh, spec: P, sinks: bool, kind: AxisType):
+    mesh = make_mesh(2, 2, kind)
+    arrays = {name: x for name, x in attention_arrays().items() if sinks or name != "sinks"}
+    examples = {name: np.stack([x, 2 * x]) for name, x in arrays.items()}
+    specs = {name: spec if name != "sinks" else P(spec[0]) for name in examples}
+    given = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in examples.items()}
+    with jax.set_mesh(mesh):
+        gradients = jax.jit(jax.vmap(jax.grad(loss)))(given)
+    for i in range(2):
+        expected = expected_gradients({name: x[i] for name, x in examples.items()})
+        for name, gradient in gradients.items():
+            np.testing.assert_allclose(np.asarray(gradient)[i], expected[name], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_over_batch_and_heads(make_mesh: MakeMesh, check_vma: bool):
+    mesh = make_mesh(2, 2)
+    arrays = attention_arrays()
+    rows = P("data", None, "model")
+    specs = ({"q": rows, "k": rows, "v": rows, "sinks": P("model")},)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
+    def total(given: dict[str, Any]) -> Any:
+        return jax.lax.psum(loss(given, causal=True), ("data", "model"))
+
+    given = {name: jnp.asarray(x) for name, x in arrays.items()}
+    assert_gradients(jax.jit(jax.grad(total))(given), expected_gradients(arrays, causal=True))
+
+
+def test_shard_map_with_replicated_keys(make_mesh: MakeMesh):
+    """An array that every device holds whole gets the sum of the devices' gradients."""
+    mesh = make_mesh(4, 1)
+    arrays = attention_arrays()
+    arrays |= {"k": np.repeat(arrays["k"][:1], BATCH, 0), "v": np.repeat(arrays["v"][:1], BATCH, 0)}
+    specs = ({"q": P("data"), "k": P(), "v": P(), "sinks": P()},)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P())
+    def total(given: dict[str, Any]) -> Any:
+        return jax.lax.psum(loss(given), "data")
+
+    shared = {name: jnp.asarray(x[:1] if name in ("k", "v") else x) for name, x in arrays.items()}
+    expected = expected_gradients(arrays)
+    expected |= {name: expected[name].sum(axis=0, keepdims=True) for name in ("k", "v")}
+    assert_gradients(jax.jit(jax.grad(total))(shared), expected)
+
+
+def ring_attention(q: Any, k: Any, v: Any, axis: str) -> Any:
+    """Attention over keys that are spread over a mesh axis: parts are merged by their LSE while the keys go round."""
+    size = jax.lax.axis_size(axis)
+    out, lse = flash_attention(q, k, v, return_lse=True)
+    for _ in range(size - 1):
+        k, v = (jax.lax.ppermute(x, axis, [(i, (i + 1) % size) for i in range(size)]) for x in (k, v))
+        part, part_lse = flash_attention(q, k, v, return_lse=True)
+        merged = jnp.logaddexp(lse, part_lse)
+        weights = (jnp.exp(x - merged).swapaxes(1, 2)[..., None] for x in (lse, part_lse))
+        out, lse = sum(weight * x for weight, x in zip(weights, (out, part), strict=True)), merged
+    return out
+
+
+def test_shard_map_with_ppermute(make_mesh: MakeMesh, request: pytest.FixtureRequest):
+    """Communication between the calls, many times over: nothing may wait for itself or read too early."""
+    mesh = make_mesh(2, 1)
+    arrays = {name: x for name, x in attention_arrays().items() if name != "sinks"}
+    length = P(None, "data")
+    ring = jax.shard_map(
+        partial(ring_attention, axis="data"), mesh=mesh, in_specs=(length, length, length), out_specs=length
+    )
+    step = jax.jit(jax.value_and_grad(lambda *a: (ring(*a) ** 2).sum(), (0, 1, 2)))
+    out = cuflash.flash_attention(**arrays)
+    expected = on_numpy(arrays, 2 * out, None)
+    values = [jnp.asarray(x) for x in arrays.values()]
+    runs = 2000 if "cuda" in request.node.callspec.id else 20
+    for _ in range(runs):
+        value, gradients = step(*values)
+        np.testing.assert_allclose(value, (out**2).sum(), rtol=1e-5)
+        for gradient, name in zip(gradients, "qkv", strict=True):
+            assert_close(gradient, expected[name])
+
+
+PROCESS = """
+import sys
+import jax
+import numpy as np
+from cuflash.adapters.jax import flash_attention
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.config.update("jax_num_cpu_devices", 1)
+jax.distributed.initialize(f"localhost:{port}", 2, rank)
+mesh = jax.make_mesh((2,), ("data",))
+
+
+def place(x):
+    sharding = NamedSharding(mesh, P("data") if x.ndim == 4 else P())
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+arrays = {name: place(x) for name, x in np.load(f"{folder}/arrays.npz").items()}
+gradients = jax.jit(jax.grad(lambda given: (flash_attention(**given, causal=True) ** 2).sum()))(arrays)
+parts = {name: x.addressable_shards[0] for name, x in gradients.items()}
+np.savez(f"{folder}/{rank}.npz", **{name: part.data for name, part in parts.items()})
+"""
+
+
+def test_one_process_a_device(tmp_path: Path):
+    """Two processes of one device each: each has the gradients of its examples, and the sum of those of the sinks."""
+    arrays = attention_arrays()
+    np.savez(tmp_path / "arrays.npz", **arrays)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", PROCESS]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen([*command, str(rank), str(port), str(tmp_path)], env=environment, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    out = cuflash.flash_attention(**arrays, causal=True)
+    expected = on_numpy(arrays, 2 * out, None, causal=True)
+    for rank in range(2):
+        with np.load(tmp_path / f"{rank}.npz") as gradients:
+            for name, gradient in gradients.items():
+                part = expected[name] if name == "sinks" else np.split(expected[name], 2)[rank]
+                np.testing.assert_allclose(gradient, part, rtol=2e-5, atol=2e-5)
+
+
+ENDING = """
+import jax
+import jax.numpy as jnp
+from cuflash.adapters.jax import flash_attention
+
+jax.config.update("jax_num_cpu_devices", 4)
+x = jnp.ones((4, 2, 128, 4, 16))
+attend = jax.pmap(lambda x: flash_attention(x, x, x))
+for _ in range(4):
+    kept = attend(x)
+if {drop}:
+    del kept
+"""
+
+
+@pytest.mark.parametrize("drop", [False, True], ids=["results kept", "results dropped"])
+def test_the_interpreter_ends_while_calls_run(drop: bool):
+    """Without waiting for them it would wait for ever."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", ENDING.format(drop=drop)], check=True, timeout=60, env=environment)
