@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
 import cuflash
-from cuflash import api
-from cuflash.api import _bad as bad
-from cuflash.api import _check_flag as check_flag
+from cuflash import plans
 from cuflash.arrays import Signature
 from cuflash.errors import UnsupportedError
+from cuflash.plans import bad, check_flag
 
-__all__ = ["BACKWARD", "FORWARD", "Call", "Options", "bad", "check", "check_flag", "run", "signature"]
+__all__ = ["BACKWARD", "FORWARD", "Call", "Options", "bad", "check", "check_flag", "planned", "run", "signature"]
 
 # The operands of the two passes, in the order in which they reach XLA. Those after v may be absent.
 FORWARD = ("q", "k", "v", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
@@ -108,29 +107,28 @@ def check(arrays: Mapping[str, Signature | None], options: Options) -> dict[str,
     A call with a `dout` among its arrays is a backward. Raises the TypeError, ValueError or UnsupportedError of
     `cuflash.flash_attention` and `cuflash.flash_attention_backward`.
     """
-    values = [getattr(options, field.name) for field in fields(options) if field.name != "memory"]
-    arguments = [*map(arrays.get, FORWARD), *values]
-    try:
-        plan = api._plan(*arguments)
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
-        plan = api._plan.__wrapped__(*arguments)  # names the option that is not a scalar
-    if options.memory not in api._MEMORY:
-        bad("memory", repr(options.memory), f"one of {api._MEMORY}")
+    if options.memory not in plans.MEMORY:
+        bad("memory", repr(options.memory), f"one of {plans.MEMORY}")
+    plans.checked_seed(options.seed)
+    plan = planned(arrays, options)
+    return plan.gradients if "dout" in arrays else {"out": plan.out, "lse": plan.lse}
+
+
+def planned(arrays: Mapping[str, Signature | None], options: Options) -> Any:
+    """The plan of a call; a backward's where there is a `dout`."""
+    inputs = [arrays.get(name) for name in FORWARD]
+    values = (
+        *(options.causal, options.window_size, options.scale, options.softcap, options.dropout_p),
+        *(options.seed is not None, options.deterministic, options.allow_tf32, options.layout, options.backend),
+    )
     if "dout" not in arrays:
-        return {"out": plan.out, "lse": plan.lse}
-    for name, expected in (("dout", plan.out), ("out", plan.out), ("lse", plan.lse), ("dlse", plan.lse)):
-        array = arrays.get(name)
-        if array is not None:
-            api._check_like(name, array, expected, (expected.dtype,))
-    results = {"dq": plan.q, "dk": plan.k, "dv": plan.v}
-    sinks = arrays.get("sinks")
-    return results if sinks is None else {**results, "dsinks": sinks}
+        return plans.forward(*inputs, *values)
+    others = [arrays.get(name) for name in ("dout", "out", "lse", "dlse", "dq", "dk", "dv")]
+    return plans.backward(*others, *inputs, False, options.memory, *values)
 
 
 def run(call: Call, operands: Sequence[Any], results: Sequence[Any]) -> None:
-    """Compute a call on NumPy or CuPy arrays, into the given results."""
+    """Compute a call on NumPy arrays, into the given results."""
     arrays = dict(zip(call.operands, operands, strict=True))
     options = asdict(call.options)
     if call.backward:
