@@ -6,7 +6,6 @@ such as the seed and cu_seqlens on the CPU, are looked at in every call.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -104,8 +103,27 @@ def flash_attention(
     UnsupportedError
         What this GPU or build cannot do, and what to do instead.
     """
-    if type(q) not in arrays.NATIVE and _adapter(q) is not None:
-        return _adapter(q).flash_attention(**locals())
+    if type(q) not in arrays.NATIVE and (adapter := _adapter(q)) is not None:
+        return adapter.flash_attention(
+            q,
+            k,
+            v,
+            causal=causal,
+            window_size=window_size,
+            scale=scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            dropout_p=dropout_p,
+            seed=seed,
+            return_lse=return_lse,
+            deterministic=deterministic,
+            allow_tf32=allow_tf32,
+            layout=layout,
+            backend=backend,
+        )
     check_flag("return_lse", return_lse)
     inputs = _operands(plans.INPUTS, (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k), 3)
     plan: ForwardPlan = plans.forward(
@@ -181,8 +199,35 @@ def flash_attention_backward(
     (dq, dk, dv), or (dq, dk, dv, dsinks) with sinks
         dsinks [heads] in sinks' dtype. Rows that attend to nothing have zero gradients.
     """
-    if type(q) not in arrays.NATIVE and _adapter(q) is not None:
-        return _adapter(q).flash_attention_backward(**locals())
+    if type(q) not in arrays.NATIVE and (adapter := _adapter(q)) is not None:
+        return adapter.flash_attention_backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            causal=causal,
+            window_size=window_size,
+            scale=scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            dropout_p=dropout_p,
+            seed=seed,
+            deterministic=deterministic,
+            allow_tf32=allow_tf32,
+            layout=layout,
+            backend=backend,
+            dlse=dlse,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            accumulate=accumulate,
+            memory=memory,
+        )
     others = _operands(("dout", "out", "lse", "dlse", "dq", "dk", "dv"), (dout, out, lse, dlse, dq, dk, dv), 3)
     inputs = _operands(plans.INPUTS, (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k), 3)
     plan: BackwardPlan = plans.backward(
@@ -218,10 +263,16 @@ def flash_attention_backward(
 
 def _adapter(q: Any) -> Any:
     """The adapter of q's framework, where arrays are more than memory: gradients, compilation, transforms; or None."""
-    for framework, kind in (("torch", "Tensor"), ("jax", "Array")):
-        module = sys.modules.get(framework)
-        if module is not None and isinstance(q, getattr(module, kind, ())):
-            return importlib.import_module(f"cuflash.adapters.{framework}")
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(q, torch.Tensor):
+        import cuflash.adapters.torch  # a statement, which torch.compile follows
+
+        return cuflash.adapters.torch
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(q, jax.Array):
+        import cuflash.adapters.jax
+
+        return cuflash.adapters.jax
     return None
 
 

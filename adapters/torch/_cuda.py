@@ -22,7 +22,7 @@ def forward(operands: Operands, options: Options) -> tuple[torch.Tensor, torch.T
     plan = plans.forward(*_signatures(plans.INPUTS, operands), *_arguments(options))
     seed = plans.checked_seed(options.seed)
     out, lse = _empty(plan.out, operands.q), _empty(plan.lse, operands.q)
-    _run(plan, (*operands[:3], out, None, None, None, None, lse, None, None, *operands[3:]), seed)
+    _run(plan, operands.q, (*operands[:3], out, None, None, None, None, lse, None, None, *operands[3:]), seed)
     return out, lse
 
 
@@ -59,7 +59,7 @@ def backward(
         for like, target in zip(plan.gradients.values(), (*given, None), strict=False)
     )
     dsinks = gradients[3] if len(gradients) > 3 else None
-    _run(plan, (*operands[:3], out, dout, *gradients[:3], lse, dlse, dsinks, *operands[3:]), seed)
+    _run(plan, operands.q, (*operands[:3], out, dout, *gradients[:3], lse, dlse, dsinks, *operands[3:]), seed)
     return gradients
 
 
@@ -69,14 +69,14 @@ def _arguments(options: Options) -> tuple[Any, ...]:
     return (causal, window_size, scale, softcap, dropout_p, seed is not None, *more)
 
 
-def _run(plan: Any, operands: Sequence[torch.Tensor | None], seed: int) -> None:
-    """Run a plan; the operands in the order of cuflash.cuda.launch.OPERANDS."""
+def _run(plan: Any, like: torch.Tensor, operands: Sequence[torch.Tensor | None], seed: int) -> None:
+    """Run a plan, its workspace where `like` is; the operands in the order of cuflash.cuda.launch.OPERANDS."""
     pointers = tuple([0 if tensor is None else tensor.data_ptr() for tensor in operands])
     q, k, v, out, dout, dq, dk, dv, *_ = pointers
     launches = plan.launches((q | k | v | out | dout | dq | dk | dv) % 16 == 0)
     workspace = 0
     if launches.workspace:
-        memory = torch.empty(launches.workspace, dtype=torch.uint8, device=operands[0].device)
+        memory = torch.empty(launches.workspace, dtype=torch.uint8, device=like.device)
         workspace = memory.data_ptr()
     launches.run(torch._C._cuda_getCurrentRawStream(plan.device), pointers, workspace, seed)
 
