@@ -160,14 +160,14 @@ def _batched(primitive: Primitive, arrays: Sequence[Any], dims: Sequence[Any], *
             x = jnp.moveaxis(x, 0, place + spread)
             x = x.reshape(*x.shape[:place], x.shape[place] * x.shape[place + 1], *x.shape[place + 2 :])
         folded.append(x)
-    results, dims_out = [], []
-    for name, x in zip(call.results, primitive.bind(*folded, call=call), strict=True):
-        place = axes_of(call, name, x.ndim).index(into)
-        length = x.shape[place] // size if size else 0
-        pair = (length, size) if spread else (size, length)
-        results.append(x.reshape(*x.shape[:place], *pair, *x.shape[place + 1 :]))
-        dims_out.append(place + spread)
-    return results, dims_out
+    single = [jax.ShapeDtypeStruct(x.shape[x.ndim - rank :], x.dtype) for x, rank in zip(arrays, ranks, strict=True)]
+    shapes = {name: found.shape for name, found in check_types(call, single).items()}
+    places = [axes_of(call, name, len(shapes[name])).index(into) + spread for name in call.results]
+    results = [
+        x.reshape(*shapes[name][:place], size, *shapes[name][place:])
+        for name, place, x in zip(call.results, places, primitive.bind(*folded, call=call), strict=True)
+    ]
+    return results, places
 
 
 def _with_whole_first_axis(x: Any) -> Any:
@@ -250,7 +250,7 @@ def _part(call: Call, spread: _Spread, *arrays: Any) -> tuple[Any, ...]:
         head = jax.lax.axis_index(spread.heads) // spread.devices_per_kv_head
         own = {name: jax.lax.dynamic_slice_in_dim(whole[name], head, 1, axis) for name in ("k", "v")}
         parts = dict(zip(call.results, _launch(call, *(whole | own).values()), strict=True))
-        for name in {"dk", "dv"} & parts.keys():
+        for name in ("dk", "dv") if call.backward else ():
             zeros = jnp.zeros_like(whole[name.removeprefix("d")])
             parts[name] = jax.lax.dynamic_update_slice_in_dim(zeros, parts[name], head, axis)
             parts[name] = jax.lax.psum(parts[name], spread.heads)

@@ -381,6 +381,12 @@ def test_vmap_of_vmap(put: Put):
     assert_close(out, cuflash.flash_attention(**merged, causal=True).reshape(arrays["q"].shape))
 
 
+def test_vmap_over_no_examples():
+    none = {name: jnp.zeros((0, *x.shape), x.dtype) for name, x in dense().items()}
+    gradients = jax.vmap(jax.grad(loss_of, (0, 1, 2)))(*none.values())
+    assert [x.shape for x in gradients] == [x.shape for x in none.values()]
+
+
 def test_vmap_is_one_call_where_that_is_possible():
     """And a loop only for dropout, whose mask depends on the place in the batch, and for boundaries that differ."""
     loops = set()
