@@ -63,7 +63,8 @@ def contestants(cell: Cell, backward: bool) -> dict[str, Callable[[], Any]]:
 
     def peer_forward(peer: str) -> Any:
         with sdpa_kernel(getattr(SDPBackend, peer)):
-            return torch.nn.functional.scaled_dot_product_attention(*heads_first[:3], is_causal=cell.causal)
+            queries, keys, values, _ = heads_first
+            return torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=cell.causal)
 
     for peer in PEERS:
         try:

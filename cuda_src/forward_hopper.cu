@@ -24,6 +24,7 @@ constexpr int N = TILE.cols / 8;                               // accumulator ti
 constexpr int N_OUT = DV / 8;                                  // and across O
 constexpr int Q_PANEL = 64 * 128, KV_PANEL = TILE.cols * 128;  // bytes of 64 columns
 constexpr int Q_BYTES = D / 64 * Q_PANEL, K_BYTES = D / 64 * KV_PANEL, V_BYTES = DV / 64 * KV_PANEL;
+constexpr int O_BYTES = 16 * DV * 2;  // of one warp's rows
 constexpr int PRODUCER_REGISTERS = GROUPS == 3 ? 32 : 24, MATH_REGISTERS = GROUPS == 3 ? 160 : 240;
 static_assert(!SPEC.dropout || TILE.p_sets == 1);
 static_assert(TILE.q_slots >= GROUPS && TILE.q_slots <= 2 * GROUPS);
@@ -43,14 +44,15 @@ constexpr bool KEEPS_M = !LONG_SCORE_STAGE, IN_PLACE = KEEPS_M && TILE.p_sets ==
 constexpr float LARGEST_SUM = IN_PLACE && SPEC.dtype == Dtype::bfloat16 ? 0x1p30f : 0x1p12f;
 
 // Where everything lies in shared memory. Q has slots of 64 rows, the part of one warpgroup, each with the task it
-// belongs to; K and V have TILE.stages stages.
+// belongs to; K and V have TILE.stages stages; O of each warp passes through a buffer of its own if it is staged.
 struct Layout {
     unsigned int start;
 
     __device__ __forceinline__ unsigned int Q(int slot) const { return start + slot * Q_BYTES; }
     __device__ __forceinline__ unsigned int K(int stage) const { return Q(TILE.q_slots) + stage * K_BYTES; }
     __device__ __forceinline__ unsigned int V(int stage) const { return K(TILE.stages) + stage * V_BYTES; }
-    __device__ __forceinline__ unsigned int task(int slot) const { return V(TILE.stages) + 16 * slot; }
+    __device__ __forceinline__ unsigned int O(int warp) const { return V(TILE.stages) + warp * O_BYTES; }
+    __device__ __forceinline__ unsigned int task(int slot) const { return O(TILE.staged ? 4 * GROUPS : 0) + 16 * slot; }
     __device__ __forceinline__ unsigned int Q_full(int slot) const { return task(TILE.q_slots) + 16 * slot; }
     __device__ __forceinline__ unsigned int Q_empty(int slot) const { return Q_full(slot) + 8; }
     __device__ __forceinline__ unsigned int K_full(int stage) const { return Q_full(TILE.q_slots) + 32 * stage; }
@@ -102,8 +104,9 @@ __device__ __forceinline__ TileRange tiles_of_task(const Params& p, const Band& 
     return tiles.first < tiles.last ? tiles : TileRange{beyond, beyond + 1};
 }
 
-// Whether the rows of one warpgroup may need fewer tiles than the task has.
-constexpr bool TRIMS = SPEC.bounded_left || SPEC.bounded_right;
+// Whether a mask leaves some rows of a task a tile of keys less than others: where the first rows of two warpgroups lie
+// that far apart.
+constexpr bool TRIMS = (SPEC.bounded_left || SPEC.bounded_right) && TILE.rows - 64 >= TILE.cols;
 
 // The tiles that 64 rows need: at either end up to one less than all. (Not fewer: in the step from task to task V of a
 // tile left out is given back last, when the producer may already wait for it.)
@@ -341,7 +344,7 @@ __device__ __forceinline__ void issue_output(float (&O)[N_OUT][4], unsigned int 
     wgmma_commit();
 }
 
-// LSE of the 16 rows of one warp, from row `row` of the task on, and the factors 1 / l of O.
+// LSE, if anybody wants it, of the 16 rows of one warp, from row `row` of the task on, and the factors 1 / l of O.
 __device__ __forceinline__ void finish_softmax(const Params& p, const Task& task, int row, const Softmax& softmax,
                                                float (&scale)[2]) {
     const Sequence sequence = sequence_of(p, task.batch);
@@ -352,16 +355,42 @@ __device__ __forceinline__ void finish_softmax(const Params& p, const Task& task
         float lse;
         scale[half] = finish_row(p, sequence, task.head, softmax.m[half] * softmax.factor, softmax.l[half], lse);
         const int i = lane / 4 + 8 * half;
-        if (lane % 4 == 0 && i < sequence.q_len - first) lse_gmem[i] = lse;
+        if (p.lse.data != nullptr && lane % 4 == 0 && i < sequence.q_len - first) lse_gmem[i] = lse;
     }
 }
 
-// O / l of these rows.
-__device__ __forceinline__ void store_output(const Params& p, const Task& task, int row, const float (&scale)[2],
+// O / l of these rows. Staged, it goes through shared memory, in panels of 64 columns swizzled as TMA reads them; the
+// copy is under way when this returns.
+__device__ __forceinline__ void store_output(const Params& p, const TensorMap& O_map, const Layout& smem,
+                                             const Task& task, int row, const float (&scale)[2],
                                              const float (&O)[N_OUT][4]) {
     const int first = task.q_first + row;
-    Element* O_gmem = head_rows(p.out, task.batch, first, task.head);
-    store_accumulators<SPEC.head_dim_v>(O_gmem, p.out.row_stride, p.q_len - first, 0, O, scale, false);
+    if constexpr (TILE.staged) {
+        constexpr int PANEL = 16 * 128;
+        const int lane = threadIdx.x % 32;
+        const unsigned int O_smem = smem.O(threadIdx.x / 32 - 4);
+        // Lane l gives row l % 8 of matrix l / 8, of two by two matrices of 8 rows and 8 columns, a chunk.
+        const unsigned int lane_smem = O_smem + lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+        if (lane == 0) bulk_wait_read();  // of the task before
+        __syncwarp();
+#pragma unroll
+        for (int n = 0; n < N_OUT; n += 2) {
+            const unsigned int words[4] = {pack(O[n][0] * scale[0], O[n][1] * scale[0]),
+                                           pack(O[n][2] * scale[1], O[n][3] * scale[1]),
+                                           pack(O[n + 1][0] * scale[0], O[n + 1][1] * scale[0]),
+                                           pack(O[n + 1][2] * scale[1], O[n + 1][3] * scale[1])};
+            store_matrix_x4((lane_smem ^ n % 8 * 16) + n / 8 * PANEL, words);
+        }
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) {
+            store_panels<SPEC.head_dim_v, PANEL>(O_map, O_smem, first, task.head, task.batch);
+            bulk_commit();
+        }
+    } else {
+        Element* O_gmem = head_rows(p.out, task.batch, first, task.head);
+        store_accumulators<SPEC.head_dim_v>(O_gmem, p.out.row_stride, p.q_len - first, 0, O, scale, false);
+    }
 }
 
 // The warpgroups issue their products in turn, so that one's softmax runs under the products of the others. The turn is
@@ -383,7 +412,7 @@ struct Turn {
 };
 
 // One warpgroup: 64 rows of every task.
-__device__ __forceinline__ void attend(const Params& p, const Layout& smem, int warpgroup) {
+__device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, const Layout& smem, int warpgroup) {
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 - 64;  // the warp's first row of a task
     Band band(p, sequence_of(p, 0));
     band.q_len = 1 << 30;  // rows beyond the tensor are zeros and are not stored: no need to mask them
@@ -527,7 +556,7 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
             issue_scores(S, smem.Q(q_slot.index), smem.K(ring.stage));  // of anything, if the run ends: nobody looks
             if (goes_on) turn.pass();
             if (first && pending) {
-                store_output(p, finished, warp_row, scale, O);
+                store_output(p, O_map, smem, finished, warp_row, scale, O);
                 pending = false;
             }
             barrier_wait(smem.V_full(previous.stage), previous.parity);
@@ -640,13 +669,15 @@ __device__ __forceinline__ void attend(const Params& p, const Layout& smem, int 
                 for (int step = 0; step < steps; ++step) advance(P_even, P_even);
             }
         }
-        store_output(p, finished, warp_row, scale, O);
+        store_output(p, O_map, smem, finished, warp_row, scale, O);
     }
+    if (TILE.staged && lane == 0) bulk_wait_read();  // before this shared memory becomes another block's
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     forward_hopper(const __grid_constant__ Params p, const __grid_constant__ TensorMap Q_map,
-                   const __grid_constant__ TensorMap K_map, const __grid_constant__ TensorMap V_map) {
+                   const __grid_constant__ TensorMap K_map, const __grid_constant__ TensorMap V_map,
+                   const __grid_constant__ TensorMap O_map) {
     extern __shared__ __align__(1024) unsigned char smem_start[];
     const Layout smem{shared_address(smem_start)};
     if (threadIdx.x == 0) {
@@ -671,6 +702,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (threadIdx.x == 0) produce(p, Q_map, K_map, V_map, smem);
     } else {
         take_registers<MATH_REGISTERS>();
-        attend(p, smem, warpgroup - 1);
+        attend(p, O_map, smem, warpgroup - 1);
     }
 }

@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) forward_porta
             float lse;
             scale[half] = finish_row(p, sequence, head, m[i][half], l[i][half], lse);
             const int row = warp_row + 16 * i + lane / 4 + 8 * half;
-            if (lane % 4 == 0 && first_col == 0 && row < q_rows) lse_gmem[row] = lse;
+            if (p.lse.data != nullptr && lane % 4 == 0 && first_col == 0 && row < q_rows) lse_gmem[row] = lse;
         }
         const int row = warp_row + 16 * i;
         store_accumulators<DV>(O_gmem + row * p.out.row_stride, p.out.row_stride, q_rows - row, first_col, O[i], scale,

@@ -53,7 +53,14 @@ __device__ __forceinline__ void load_matrix_x4_transposed(unsigned int (&r)[4], 
                  : "r"(smem_address));
 }
 
-// Four 8 x 8 matrices of 16-bit accumulators to memory, transposed (sm_90); addresses as above.
+// Four 8 x 8 matrices of 16-bit accumulators to memory (sm_90); addresses as above.
+__device__ __forceinline__ void store_matrix_x4(unsigned int smem_address, const unsigned int (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(smem_address), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
+// The same, transposed.
 __device__ __forceinline__ void store_matrix_x4_transposed(unsigned int smem_address, const unsigned int (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(smem_address), "r"(r[0]),
                  "r"(r[1]), "r"(r[2]), "r"(r[3])

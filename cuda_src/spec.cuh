@@ -30,6 +30,7 @@ struct Tile {
     int p_sets;   // register sets of P in the Hopper forward: with two the steady state needs no row maximum
     int q_slots;  // pieces of 64 rows of Q in shared memory of the Hopper forward
     bool turns;   // the warpgroups of the Hopper forward issue their products in turn
+    bool staged;  // O of the Hopper forward goes to memory through shared memory
     int vector;   // bytes one copy instruction moves: 16, or the size of an element where alignment allows no more
 };
 

@@ -51,6 +51,25 @@ __device__ __forceinline__ void load_panels(unsigned int X_smem, const TensorMap
     }
 }
 
+// The tile at row `row` of one head = X_smem, panels of PANEL bytes; what lies beyond the tensor is left out.
+template <int DIM, int PANEL>
+__device__ __forceinline__ void store_panels(const TensorMap& map, unsigned int X_smem, int row, int head, int batch) {
+    if constexpr (DIM % 64 == 0) {
+        asm volatile(
+            "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %2, %4, %5}], [%1];" ::"l"(&map),
+            "r"(X_smem), "r"(0), "r"(row), "r"(head), "r"(batch)
+            : "memory");
+    } else {
+#pragma unroll
+        for (int panel = 0; panel < ceil_div(DIM, 64); ++panel) {
+            asm volatile(
+                "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+                "r"(X_smem + panel * PANEL), "r"(64 * panel), "r"(row), "r"(head), "r"(batch)
+                : "memory");
+        }
+    }
+}
+
 // X_gmem += X_smem for `bytes` bytes of float32, each element atomically.
 __device__ __forceinline__ void reduce_add_bulk(float* X_gmem, unsigned int X_smem, int bytes) {
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(X_gmem),

@@ -32,12 +32,16 @@ class Signature(NamedTuple):
     writable: bool
 
 
+NATIVE = {np.ndarray}  # types of arrays that backends take as they are; CuPy's joins when one has been seen
+
+
 def kind(array: Any) -> str:
     """Which library an array belongs to: "numpy", "cupy" or "dlpack" (any other with `__dlpack__`); "" for no array."""
     if isinstance(array, np.ndarray):
         return "numpy"
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, cupy.ndarray):
+        NATIVE.add(cupy.ndarray)
         return "cupy"
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
         return "dlpack"

@@ -32,11 +32,6 @@ from cuflash.spec import Extras, Problem
 FEW_NUMBERS = 16_384
 
 
-def empty(shape: tuple[int, ...], dtype: np.dtype, like: np.ndarray) -> np.ndarray:
-    """How a result is allocated."""
-    return np.empty(shape, dtype)
-
-
 class _Sequence(NamedTuple):
     """One sequence's place in the arrays: x[index][:, head] is that head's [len, dim] matrix."""
 

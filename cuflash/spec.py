@@ -67,6 +67,7 @@ class Tile:
     p_sets: int = 1  # register sets of P in the Hopper forward: with two the steady state needs no row maximum
     q_slots: int = 0  # pieces of 64 rows of Q in shared memory of the Hopper forward
     turns: bool = False  # the warpgroups of the Hopper forward issue their products in turn
+    staged: bool = False  # O of the Hopper forward goes to memory through shared memory
     vector: int = 16  # bytes one copy instruction moves: 16, or an element's where alignment allows no more
 
     def render(self) -> str:
@@ -95,6 +96,11 @@ class Problem:
     softcap: float | None
     dropout_p: float
     seed: int
+
+    @property
+    def statistics(self) -> int:
+        """Elements of the LSE: one for each query row of each head."""
+        return self.heads * self.q_len * (1 if self.spec.packed else self.batch)
 
     @property
     def group(self) -> int:

@@ -193,8 +193,9 @@ def _hopper_forward_tile(spec: Spec, vector: int) -> Tile:
                 q_slots=q_slots,
                 turns=groups == 3,
             )
-            if shared_bytes("forward_hopper", spec, tile) <= SHARED_MEMORY[900]:
-                return tile
+            for choice in (replace(tile, staged=True), tile):
+                if shared_bytes("forward_hopper", spec, choice) <= SHARED_MEMORY[900]:
+                    return choice
     raise UnsupportedError(f"no tile of forward_hopper fits: {spec}")
 
 
@@ -239,6 +240,8 @@ def shared_bytes(kernel: str, spec: Spec, tile: Tile) -> int:
     dim, dim_v = _whole_panels(spec.head_dim), _whole_panels(spec.head_dim_v)  # of the Hopper kernels
     if kernel == "forward_hopper":  # two barriers and a task for each slot of Q, four barriers a stage
         tiles = tile.q_slots * 64 * dim + tile.stages * tile.cols * (dim + dim_v)
+        if tile.staged:
+            tiles += tile.rows * dim_v
         return tiles * element_bytes + 32 * tile.q_slots + 32 * tile.stages
     if kernel == "backward_hopper_dq":  # Q and dO; one stage of V where the head is wide
         v_stages = 1 if dim > 128 else tile.stages

@@ -50,8 +50,8 @@ def readme_command(name: str) -> str:
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every block stands on its own: a reader may copy any one of them. Those about a framework need it."""
-    for framework in re.findall(r"^(?:import|from) (jax|flax|equinox)\b", block.text, re.MULTILINE):
+    """Every block stands on its own: a reader may copy any one of them. Frameworks are optional."""
+    for framework in re.findall(r"^(?:import|from) (torch|jax|flax|equinox|transformers)\b", block.text, re.MULTILINE):
         pytest.importorskip(framework)
     monkeypatch.chdir(tmp_path)
     code = "\n" * (block.line - 1) + block.text  # so that a traceback points into the document

@@ -1,47 +1,46 @@
-"""Launches of the kernels on CuPy arrays: parameters, grids, workspace.
+"""Launches of the kernels: parameters, grids, workspace.
 
-Everything runs on the current stream of the arrays' device, without a synchronisation; the workspace of the backward,
-one float32 a query row and, where the Hopper kernel sums dQ, one float32 an element of q, comes from CuPy's pool. A
-kernel is compiled at its first use (cuflash.cuda.jit).
-
-What a call launches depends on its Problem, on strides and on alignment, and is prepared once (`_prepared`); a further
-call fills in its pointers.
+What a call launches depends on its Problem and on how its arrays lie in memory, and is prepared once as a `Plan`: the
+kernels, compiled at their first use (cuflash.cuda.jit), and their arguments but for the pointers. A Plan is run with
+pointers on any stream, without a synchronisation and without an allocation of its own, whoever the arrays belong to;
+`forward` and `backward` do so for CuPy arrays.
 """
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import logging
-import os
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cuflash import dropout, tuning
+from cuflash.arrays import Signature, dtype_of
 from cuflash.cuda import jit, tensor_map, toolchain
 from cuflash.errors import UnsupportedError
-from cuflash.spec import Extras, Problem, Spec, Tile
+from cuflash.spec import Problem, Spec, Tile
+
+if TYPE_CHECKING:
+    from cuflash.plans import BackwardPlan, ForwardPlan
 
 logger = logging.getLogger("cuflash")
 
 MAX_LENGTH = 2**29  # tokens: positions and bounds are 32-bit integers in the kernels
 _UNBOUNDED = 2**30 - 1024  # a mask's bound beyond every position
 _MAX_BLOCKS = 2**31 - 1
-_TICKETS = 1  # counter behind D
 _SECTION_BYTES = 2**25  # of the L2 cache
 _PAIRED_TILES = 64  # of a head, up to which the Hopper forward works on them in pairs under a mask
 _SHARED_SIZE_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 # struct Params of cuda_src/params.cuh: arrays are a pointer and strides, then the scalars, all naturally aligned.
-_TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 _STATISTICS = ("lse", "dlse", "delta")
 PARAMS = (
-    *((f"{name}.{field}", "P" if field == "data" else "q") for name in _TENSORS
+    *((f"{name}.{field}", "P" if field == "data" else "q") for name in TENSORS
       for field in ("data", "batch_stride", "row_stride", "head_stride")),
     *((f"{name}.{field}", "P" if field == "data" else "q") for name in _STATISTICS
       for field in ("data", "batch_stride", "head_stride")),
@@ -61,71 +60,17 @@ PARAMS_OFFSETS = {
     for i, (name, code) in enumerate(PARAMS)
 }
 _POINTER = struct.Struct("@P")
-# The arrays of a call, in this order everywhere below, and where their pointers lie.
-_ARRAYS = (
-    *_TENSORS,
-    *_STATISTICS,
-    "dsinks",
-    "dq_sum",
-    "dq_turns",
-    "tickets",
-    "alibi_slopes",
-    "sinks",
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-)
-_DQ_SUM, _DQ_TURNS = _ARRAYS.index("dq_sum"), _ARRAYS.index("dq_turns")
-_POINTERS = tuple(PARAMS_OFFSETS.get(name, PARAMS_OFFSETS.get(f"{name}.data", -1)) for name in _ARRAYS)
+# The arrays of a call, in the order in which a Plan takes their pointers, and the parts of the workspace.
+OPERANDS = (*TENSORS, "lse", "dlse", "dsinks", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
+_WORKSPACE = ("delta", "tickets", "dq_sum", "dq_turns")
+_WORD = 8  # bytes of a pointer, and of the seed
+_WORDS = {  # of struct Params: where their pointers are
+    name: PARAMS_OFFSETS.get(name, PARAMS_OFFSETS.get(f"{name}.data", -1)) // _WORD for name in (*OPERANDS, *_WORKSPACE)
+}
+_SEED = PARAMS_OFFSETS["seed"] // _WORD
+_ALIGNMENT = 256  # of the parts of the workspace
 
-
-def empty(shape: tuple[int, ...], dtype: np.dtype, like: Any) -> Any:
-    """How a result is allocated: from CuPy's pool, on the device of `like`."""
-    cupy = toolchain.import_cupy()
-    with _on_device(like):
-        return cupy.empty(shape, dtype)
-
-
-def forward(problem: Problem, q: Any, k: Any, v: Any, out: Any, lse: Any, extras: Extras) -> None:
-    """Write out and lse; the arrays as for cuflash.numpy_backend.forward, on one GPU."""
-    arrays = (q, k, v, out, None, None, None, None, lse, None, None, None, None, None, None, *extras)
-    with _on_device(q):
-        _run(problem, arrays, backward=False)
-
-
-def backward(
-    problem: Problem,
-    dout: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-    lse: Any,
-    dlse: Any,
-    dq: Any,
-    dk: Any,
-    dv: Any,
-    dsinks: Any,
-    extras: Extras,
-    *,
-    accumulate: bool,
-    lean: bool,
-) -> None:
-    """Write (or add) the gradients; the arrays as for cuflash.numpy_backend.backward, on one GPU.
-
-    D and dsinks first, then dK and dV, then dQ. Only the sum of dQ of the Hopper kernel is atomic: where the Spec is
-    deterministic, `lean` is asked for, or other kernels serve the call, the gradients are bitwise reproducible.
-    """
-    cupy = toolchain.import_cupy()
-    with _on_device(q):
-        rows = cupy.empty(lse.size + _TICKETS, np.float32)
-        delta, tickets = cupy.ndarray(lse.shape, np.float32, rows.data), rows[lse.size :]
-        arrays = (q, k, v, out, dout, dq, dk, dv, lse, dlse, delta, dsinks, None, None, tickets, *extras)
-        workspace = _run(problem, arrays, backward=True, accumulate=accumulate, lean=lean)
-        if cupy.cuda.get_current_stream().is_capturing():
-            _CAPTURED.extend((rows, workspace))  # a graph goes on using them after this call
-
-
-_CAPTURED: list[Any] = []  # workspace of calls inside captured graphs
+Layouts = dict[str, Signature]  # the arrays of a call by their name in OPERANDS, head-minor; those that it has
 
 
 # ---- what a call launches ----------------------------------------------------------------------------------------
@@ -139,89 +84,134 @@ class _Kernel(NamedTuple):
     shared_bytes: int
 
 
-class _Launch(NamedTuple):
-    """One launch of a prepared call: everything but the pointers."""
+class _Arguments:
+    """The arguments of one launch in memory, as the driver reads them: an array of their addresses, struct Params, and
+    the tensor maps."""
 
-    kernel: _Kernel
-    blocks: int
-    params: bytes
-    mapped: tuple[tuple[int, int], ...]  # the arrays that tensor maps describe, as indices, and the rows of their tiles
-    maps: dict[tuple[int, ...], list[np.ndarray]]  # and the maps, by the arrays' pointers
-
-
-class _Prepared(NamedTuple):
-    """What a call launches, and the elements of 4 bytes of dq_sum and dq_turns that it needs."""
-
-    launches: list[_Launch]
-    sum_size: int
-    turns_size: int
-
-
-def _run(
-    problem: Problem, arrays: tuple[Any, ...], *, backward: bool, accumulate: bool = False, lean: bool = False
-) -> Any:
-    """Launch a call; its workspace for dQ, or None."""
-    pointers = [0 if array is None else array.data.ptr for array in arrays]
-    together = 0
-    for pointer in pointers[: len(_TENSORS)]:
-        together |= pointer
-    key = (
-        problem,
-        backward,
-        accumulate,
-        lean,
-        arrays[0].data.device_id,
-        together % 16 == 0,
-        os.environ.get("CUFLASH_FORCE_ARCH"),
-        tuple([None if array is None else (array.strides, array.dtype) for array in arrays]),
-    )
-    prepared = _PREPARED.get(key)
-    if prepared is None:
-        if len(_PREPARED) > 4096:
-            _PREPARED.clear()
-        prepared = _PREPARED[key] = _prepare(problem, arrays, backward, accumulate, lean, together % 16 == 0)
-    workspace = None
-    if prepared.sum_size:
-        workspace = toolchain.import_cupy().empty(prepared.sum_size + prepared.turns_size, np.float32)
-        workspace.data.memset_async(0, workspace.nbytes)
-        pointers[_DQ_SUM] = workspace.data.ptr
-        pointers[_DQ_TURNS] = workspace.data.ptr + 4 * prepared.sum_size
-    for kernel, blocks, template, mapped, maps in prepared.launches:
-        params = bytearray(template)
-        for offset, pointer in zip(_POINTERS, pointers, strict=True):
-            if pointer:
-                _POINTER.pack_into(params, offset, pointer)
-        arguments = [np.frombuffer(params, dtype=_PARAMS_DTYPE)]
-        if mapped:
-            place = tuple([pointers[index] for index, _ in mapped])
-            found = maps.get(place)
-            if found is None:
-                if len(maps) > 256:
-                    maps.clear()
-                found = maps[place] = [tensor_map.tile_map(arrays[index], rows) for index, rows in mapped]
-            arguments += found
-        kernel.function((blocks, 1, 1), (32 * kernel.tile.warps, 1, 1), arguments, kernel.shared_bytes)
-    return workspace
+    def __init__(self, params: bytes, maps: Sequence[bytes]) -> None:
+        counted = 1 + len(maps)
+        start = -(-counted * _WORD // 64) * 64
+        places = [start, *(start + -(-len(params) // 64) * 64 + 128 * i for i in range(len(maps)))]
+        self._memory = ctypes.create_string_buffer(places[-1] + max(len(params), 128) + 64)
+        base = -(-ctypes.addressof(self._memory) // 64) * 64
+        addresses = (ctypes.c_void_p * counted).from_address(base)
+        for i, (place, content) in enumerate(zip(places, (params, *maps), strict=True)):
+            addresses[i] = base + place
+            ctypes.memmove(base + place, content, len(content))
+        self.address = base
+        self.words = (ctypes.c_uint64 * (len(params) // _WORD)).from_address(base + start)
+        self.maps = [tensor_map.at(base + place) for place in places[1:]]
+        self.filled: Any = None  # what the pointers in it are
 
 
-_PREPARED: dict[Any, _Prepared] = {}
-_PARAMS_DTYPE = np.dtype(f"V{PARAMS_STRUCT.size}")  # CuPy passes an array of one element by value
+class _Launch:
+    """One launch of a Plan."""
+
+    def __init__(
+        self,
+        kernel: _Kernel,
+        blocks: int,
+        params: bytes,
+        operands: Layouts,
+        parts: dict[str, int],
+        maps: Sequence[tuple[str, bytes]],
+    ) -> None:
+        self.function = kernel.function  # keeps its module loaded
+        self.geometry = (kernel.function.ptr, blocks, 1, 1, 32 * kernel.tile.warps, 1, 1, kernel.shared_bytes)
+        # Words of struct Params: operands by their place in OPERANDS, parts of the workspace by their offset in it.
+        self.places = [(_WORDS[name], i) for i, name in enumerate(OPERANDS) if name in operands]
+        self.parts = [(_WORDS[name], offset) for name, offset in parts.items()]
+        self.mapped = [OPERANDS.index(name) for name, _ in maps]
+        self._new = lambda: _Arguments(params, [content for _, content in maps])
+        self._free: list[_Arguments] = []  # several threads may run a Plan at a time
+
+    def run(self, gpu: _Gpu, stream: int, pointers: Sequence[int], workspace: int, seed: int) -> None:
+        arguments = self._free.pop() if self._free else self._new()
+        wanted = (pointers, workspace, seed)
+        if arguments.filled != wanted:
+            words = arguments.words
+            for word, operand in self.places:
+                words[word] = pointers[operand]
+            for word, offset in self.parts:
+                words[word] = workspace + offset
+            words[_SEED] = seed
+            for i, operand in enumerate(self.mapped):
+                tensor_map.point(arguments.maps[i], pointers[operand])
+            arguments.filled = wanted
+        gpu.launch(*self.geometry, stream, arguments.address, 0)
+        self._free.append(arguments)
 
 
-def _prepare(
-    problem: Problem, arrays: tuple[Any, ...], backward: bool, accumulate: bool, lean: bool, aligned: bool
-) -> _Prepared:
-    """The launches of a call, their kernels compiled (several at the same time) and loaded."""
-    device = arrays[0].data.device_id
+class Plan:
+    """What a call launches on one device. `workspace` is how many bytes of memory, of any content, a run needs."""
+
+    def __init__(self, device: int, launches: list[_Launch], workspace: int, zeroed: tuple[int, int]) -> None:
+        self.device = device
+        self.workspace = workspace
+        self._launches = launches
+        self._zeroed = zeroed  # the part of the workspace [from, to) that must be zeros
+
+    def run(self, stream: int, pointers: Sequence[int], workspace: int = 0, seed: int = 0) -> None:
+        """Launch the call on a stream (its handle): `pointers` to OPERANDS, 0 for what the call does not have. The LSE
+        of a forward is written where there is a pointer."""
+        gpu = _gpu()
+        if gpu.is_elsewhere(self.device):
+            with gpu.cuda.Device(self.device):
+                self._run(gpu, stream, pointers, workspace, seed)
+        else:
+            self._run(gpu, stream, pointers, workspace, seed)
+
+    def _run(self, gpu: _Gpu, stream: int, pointers: Sequence[int], workspace: int, seed: int) -> None:
+        first, last = self._zeroed
+        if last > first:
+            gpu.zero(workspace + first, 0, last - first, stream)
+        for launch in self._launches:
+            launch.run(gpu, stream, pointers, workspace, seed)
+
+
+class _Gpu(threading.local):
+    """What a call needs of CuPy, looked up once in each thread."""
+
+    def __init__(self) -> None:
+        cupy = toolchain.import_cupy()
+        self.cuda = cupy.cuda
+        self.ndarray = cupy.ndarray
+        self.stream = cupy.cuda.get_current_stream
+        self.launch = cupy.cuda.driver.launchKernel
+        self.zero = cupy.cuda.runtime.memsetAsync
+        self._current = cupy.cuda.runtime.getDevice
+        cupy.cuda.runtime.setDevice(self._current())  # the driver knows no device in a new thread
+
+    def is_elsewhere(self, device: int) -> bool:
+        """Whether another device than this one is the current one."""
+        return self._current() != device
+
+
+@lru_cache(maxsize=1)
+def _gpu() -> _Gpu:
+    return _Gpu()
+
+
+def plan(
+    problem: Problem,
+    layouts: Layouts,
+    device: int,
+    *,
+    aligned: bool,
+    backward: bool,
+    accumulate: bool = False,
+    lean: bool = False,
+) -> Plan:
+    """The launches of a call, their kernels compiled (several at the same time) and loaded; `aligned` where the
+    pointers of all tensors are multiples of 16."""
     target = toolchain.device_target(device)
     tuning.check_supported(problem.spec, target.path)
     if max(problem.q_len, problem.kv_len) > MAX_LENGTH:
         raise UnsupportedError(f"q, k: got lengths {problem.q_len} and {problem.kv_len}; the kernels go to 2^29 tokens")
-    named: dict[str, Any] = dict(zip(_ARRAYS, arrays, strict=True))
-    hopper = _takes_hopper(problem, target, named, backward)
+    hopper = aligned and _takes_hopper(problem, target, layouts, backward)
     spec = replace(problem.spec, lean=lean, deterministic=problem.spec.deterministic and not lean)  # lean always is
     names = tuning.kernels_of(spec, backward=backward, hopper=hopper)
-    vector = _vector(problem.spec, arrays[: len(_TENSORS)]) if aligned else _element_bytes(problem.spec)
+    vector = _vector(problem.spec, layouts) if aligned else _element_bytes(problem.spec)
     jobs = [(name, tuning.kernel_spec(name, spec), vector, target, device) for name in names]
     if len(jobs) == 1:
         kernels = [_kernel(*jobs[0])]
@@ -230,7 +220,10 @@ def _prepare(
             kernels = list(pool.map(lambda job: _kernel(*job), jobs))
     # The tile whose rows divide the queries of dq_sum is that of the kernel that adds to it.
     rows = {name: kernel.tile.rows for name, kernel in zip(names, kernels, strict=True)}
-    launches, sum_size, turns_size = [], 0, 0
+    sizes = dict.fromkeys(_WORKSPACE, 0)
+    if backward:
+        sizes["delta"], sizes["tickets"] = 4 * problem.statistics, 4
+    grids = []
     for name, kernel in zip(names, kernels, strict=True):
         logger.debug("%s %s for %s on device %d", name, kernel.tile, spec, device)
         q_tiles = _tiles(problem, problem.q_len, kernel.tile.rows)
@@ -239,27 +232,93 @@ def _prepare(
                 _tiles(problem, problem.q_len, rows["backward_hopper"]) * rows["backward_hopper"] // kernel.tile.rows
             )
             pieces = problem.batch * problem.heads * q_tiles * -(-spec.head_dim // kernel.tile.cols)
-            sum_size = pieces * kernel.tile.rows * kernel.tile.cols
-            turns_size = pieces if spec.deterministic else 0
+            sizes["dq_sum"] = 4 * pieces * kernel.tile.rows * kernel.tile.cols
+            sizes["dq_turns"] = 4 * pieces if spec.deterministic else 0
         blocks = _blocks(name, problem, kernel.tile, device, q_tiles)
         if blocks > _MAX_BLOCKS:
             raise UnsupportedError(f"q: got a problem of {blocks} tiles; the kernels go to 2^31 - 1: split the batch")
+        grids.append((name, kernel, q_tiles, blocks))
+    parts, end = {}, 0
+    for name, size in sizes.items():
+        if size:
+            parts[name] = end
+            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+    launches = []
+    for name, kernel, q_tiles, blocks in grids:
         if blocks:
             section_heads = _section_heads(name, problem, device, q_tiles)
-            params = _params(problem, kernel.tile, named, q_tiles, section_heads, accumulate)
-            mapped = tuple(
-                (_ARRAYS.index(array), side if isinstance(side, int) else getattr(kernel.tile, side))
+            params = _params(problem, kernel.tile, layouts, q_tiles, section_heads, accumulate)
+            maps = [
+                (
+                    array,
+                    tensor_map.encode(layouts[array], side if isinstance(side, int) else getattr(kernel.tile, side)),
+                )
                 for array, side in _MAPPED.get(name, ())
-            )
-            launches.append(_Launch(kernel, blocks, params, mapped, {}))
-    return _Prepared(launches, sum_size, turns_size)
+            ]
+            launches.append(_Launch(kernel, blocks, params, layouts, parts, maps))
+    return Plan(device, launches, end, (parts["dq_sum"], end) if "dq_sum" in parts else (0, 0))
 
+
+# ---- on CuPy arrays ----------------------------------------------------------------------------------------------
+
+
+def forward(plan: ForwardPlan, inputs: Sequence[Any], seed: int, with_lse: bool) -> tuple[Any, Any]:
+    """(out, lse or None) from CuPy's pool, on the current stream of the inputs' device; these as in plans.INPUTS."""
+    gpu = _gpu()
+    if gpu.is_elsewhere(plan.device):
+        with gpu.cuda.Device(plan.device):
+            return forward(plan, inputs, seed, with_lse)
+    out = gpu.ndarray(plan.out.shape, dtype_of(plan.out.dtype))
+    lse = gpu.ndarray(plan.lse.shape, dtype_of(plan.lse.dtype)) if with_lse else None
+    q, k, v, *extras = inputs
+    q_, k_, v_, out_ = q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr
+    lse_ = 0 if lse is None else lse.data.ptr
+    pointers = (q_, k_, v_, out_, 0, 0, 0, 0, lse_, 0, 0, *[0 if x is None else x.data.ptr for x in extras])
+    plan.launches((q_ | k_ | v_ | out_) % 16 == 0)._run(gpu, gpu.stream().ptr, pointers, 0, seed)
+    return out, lse
+
+
+def backward(plan: BackwardPlan, arrays: Sequence[Any], given: Sequence[Any], seed: int) -> list[Any]:
+    """dq, dk, dv and, with sinks, dsinks, those not given from CuPy's pool as the workspace is; `arrays` are dout, out,
+    lse, dlse and the inputs.
+
+    Only the sum of dQ of the Hopper kernel is atomic: where the Spec is deterministic, memory is lean, or other kernels
+    serve the call, the gradients are bitwise reproducible.
+    """
+    gpu = _gpu()
+    if gpu.is_elsewhere(plan.device):
+        with gpu.cuda.Device(plan.device):
+            return backward(plan, arrays, given, seed)
+    gradients = [
+        gpu.ndarray(like.shape, dtype_of(like.dtype)) if array is None else array
+        for like, array in zip(plan.gradients.values(), (*given, None), strict=False)
+    ]
+    dout, out, lse, dlse, q, k, v, *extras = arrays
+    dq, dk, dv, dsinks = (*gradients, None)[:4]
+    operands = (q, k, v, out, dout, dq, dk, dv, lse, dlse, dsinks, *extras)
+    pointers = tuple([0 if array is None else array.data.ptr for array in operands])
+    together = 0
+    for pointer in pointers[: len(TENSORS)]:
+        together |= pointer
+    launches = plan.launches(together % 16 == 0)
+    stream = gpu.stream().ptr
+    workspace = gpu.cuda.alloc(launches.workspace)
+    launches._run(gpu, stream, pointers, workspace.ptr, seed)
+    if gpu.cuda.runtime.streamIsCapturing(stream):
+        _CAPTURED.append(workspace)  # a graph goes on using it after this call
+    return gradients
+
+
+_CAPTURED: list[Any] = []  # workspace of calls inside captured graphs
+
+
+# ---- kernels and tiles -------------------------------------------------------------------------------------------
 
 # The arrays that a kernel loads by tensor maps, in the order of its arguments, and the side of its tile they follow, or
 # the rows of a copy.
 _OPERANDS = (("q", "rows"), ("k", "cols"), ("v", "cols"))
 _MAPPED: dict[str, tuple[tuple[str, str | int], ...]] = {
-    "forward_hopper": (("q", 64), *_OPERANDS[1:]),
+    "forward_hopper": (("q", 64), *_OPERANDS[1:], ("out", 16)),
     "backward_hopper": (*_OPERANDS, ("dout", "rows")),
     "backward_hopper_wide": (*_OPERANDS, ("dout", "rows")),
     "backward_hopper_dq": (*_OPERANDS, ("dout", "rows")),
@@ -288,14 +347,14 @@ def _multiprocessors(device: int) -> int:
     return toolchain.import_cupy().cuda.Device(device).attributes["MultiProcessorCount"]
 
 
-def _takes_hopper(problem: Problem, target: toolchain.Target, arrays: dict[str, Any], backward: bool) -> bool:
+def _takes_hopper(problem: Problem, target: toolchain.Target, layouts: Layouts, backward: bool) -> bool:
     """Whether a call gets the Hopper kernels: they need a positive scale and what tensor maps can express."""
     return (
         target == toolchain.Target.named("sm_90a")
         and tuning.has_hopper(problem.spec, backward=backward)
         and problem.scale > 0
         and all(
-            arrays[name].size and tensor_map.expressible(arrays[name])
+            0 not in layouts[name].shape and tensor_map.expressible(layouts[name])
             for name in ("q", "k", "v", "dout" if backward else "out")
         )
     )
@@ -315,16 +374,15 @@ def _element_bytes(spec: Spec) -> int:
     return 4 if spec.dtype == "float32" else 2
 
 
-def _vector(spec: Spec, tensors: tuple[Any, ...]) -> int:
+def _vector(spec: Spec, layouts: Layouts) -> int:
     """Bytes that one copy instruction can move: 16 where every row of every tensor is aligned, else an element's."""
     element_bytes = _element_bytes(spec)
     if spec.head_dim * element_bytes % 16 or spec.head_dim_v * element_bytes % 16:
         return element_bytes
-    for tensor in tensors:
-        if tensor is not None:
-            for stride, length in zip(tensor.strides[:-1], tensor.shape[:-1], strict=True):
-                if length > 1 and stride % 16:
-                    return element_bytes
+    for tensor in (layouts[name] for name in TENSORS if name in layouts):
+        for stride, length in zip(tensor.strides[:-1], tensor.shape[:-1], strict=True):
+            if length > 1 and stride * dtype_of(tensor.dtype).itemsize % 16:
+                return element_bytes
     return 16
 
 
@@ -366,27 +424,28 @@ def _blocks(name: str, problem: Problem, tile: Tile, device: int, q_tiles: int) 
 
 
 def _params(
-    problem: Problem, tile: Tile, arrays: dict[str, Any], q_tiles: int, section_heads: int, accumulate: bool
+    problem: Problem, tile: Tile, layouts: Layouts, q_tiles: int, section_heads: int, accumulate: bool
 ) -> bytes:
     """struct Params with null pointers."""
     mask = problem.mask
     left, right = (_UNBOUNDED if side is None else min(side, _UNBOUNDED) for side in (mask.left, mask.right))
     values: dict[str, Any] = dict.fromkeys((name for name, _ in PARAMS), 0)
     for name, fields in (
-        *((name, ("batch_stride", "row_stride", "head_stride")) for name in _TENSORS),
+        *((name, ("batch_stride", "row_stride", "head_stride")) for name in TENSORS),
         *((name, ("batch_stride", "head_stride")) for name in _STATISTICS),
     ):
-        if arrays[name] is not None:  # packed arrays have no batch axis: its stride stays 0
-            strides = _element_strides(arrays[name])[:-1]
+        if name == "delta":  # in the workspace, packed [batch, heads, q_len]
+            values["delta.batch_stride"], values["delta.head_stride"] = problem.heads * problem.q_len, problem.q_len
+        elif name in layouts:  # packed arrays have no batch axis: its stride stays 0
+            strides = layouts[name].strides[:-1]
             for field, stride in zip(fields[-len(strides) :], strides, strict=True):
                 values[f"{name}.{field}"] = stride
-    if arrays["alibi_slopes"] is not None:
-        *batch_stride, values["alibi_head_stride"] = _element_strides(arrays["alibi_slopes"])
+    if "alibi_slopes" in layouts:
+        *batch_stride, values["alibi_head_stride"] = layouts["alibi_slopes"].strides
         values["alibi_batch_stride"] = batch_stride[0] if batch_stride else 0
-    if arrays["sinks"] is not None:
-        (values["sinks_stride"],) = _element_strides(arrays["sinks"])
+    if "sinks" in layouts:
+        (values["sinks_stride"],) = layouts["sinks"].strides
     values |= {
-        "seed": problem.seed,
         "batch": problem.batch,
         "heads": problem.heads,
         "group": problem.group,
@@ -401,26 +460,9 @@ def _params(
         "dropout_scale": 1 / (1 - problem.dropout_p),
         "scale": problem.scale,
         "softcap": problem.softcap or 0.0,
-        "cu_seqlens_int64": arrays["cu_seqlens_q"] is not None and arrays["cu_seqlens_q"].dtype == np.int64,
-        "alibi_float32": _is_float32(arrays["alibi_slopes"]),
-        "sinks_float32": _is_float32(arrays["sinks"]),
-        "dq_float32": _is_float32(arrays["dq"]),
-        "dk_float32": _is_float32(arrays["dk"]),
-        "dv_float32": _is_float32(arrays["dv"]),
-        "accumulate": bool(accumulate),
+        "cu_seqlens_int64": "cu_seqlens_q" in layouts and layouts["cu_seqlens_q"].dtype == "int64",
+        "accumulate": accumulate,
     }
+    for field, name in (("alibi", "alibi_slopes"), ("sinks", "sinks"), ("dq", "dq"), ("dk", "dk"), ("dv", "dv")):
+        values[f"{field}_float32"] = name in layouts and layouts[name].dtype == "float32"
     return PARAMS_STRUCT.pack(*values.values())
-
-
-def _element_strides(array: Any) -> list[int]:
-    return [stride // array.itemsize for stride in array.strides]
-
-
-def _is_float32(array: Any) -> bool:
-    return array is not None and array.dtype == np.float32
-
-
-def _on_device(array: Any) -> Any:
-    """The arrays' device as the current one, entered only where it is not."""
-    current = toolchain.import_cupy().cuda.runtime.getDevice()
-    return contextlib.nullcontext() if current == array.data.device_id else array.device

@@ -9,38 +9,38 @@ zeros. The twin of cuda_src/tma.cuh.
 
 from __future__ import annotations
 
+import sys
+from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
+from cuflash.arrays import Signature, dtype_of
 from cuflash.errors import UnsupportedError
 
 _PANEL = 64  # elements of a 128-byte row
+_SOMEWHERE = 2**20  # an aligned address, until `point` gives the array's own
 
 
-def expressible(array: Any) -> bool:
-    """Whether a map can describe an array [batch, len, heads, dim]: aligned, and strides that are positive.
+def expressible(array: Signature) -> bool:
+    """Whether a map can describe an aligned array [batch, len, heads, dim]: its strides are positive multiples of 16.
 
     Axes of length 1 are never stepped along, so their stride does not matter.
     """
-    if array.ndim != 4 or array.data.ptr % 16 or array.shape[-1] * array.itemsize % 16:
+    itemsize = dtype_of(array.dtype).itemsize
+    if len(array.shape) != 4 or array.shape[-1] * itemsize % 16:
         return False
     steps = zip(array.strides[:-1], array.shape[:-1], strict=True)
-    return all(length == 1 or (stride % 16 == 0 and 0 < stride < 2**40) for stride, length in steps)
+    return all(
+        length == 1 or (stride * itemsize % 16 == 0 and 0 < stride * itemsize < 2**40) for stride, length in steps
+    )
 
 
-def tile_map(array: Any, rows: int) -> np.ndarray:
-    """The map of tiles of `rows` rows of an expressible array, as a NumPy array of one element of 128 bytes."""
-    try:
-        from cuda.bindings import driver
-    except ImportError as error:
-        raise UnsupportedError(
-            "the Hopper kernels need cuda.bindings: pip install 'cuflash[cuda13]' (or cuda12), or set "
-            "CUFLASH_FORCE_ARCH=sm_89 for the portable kernels"
-        ) from error
+def encode(array: Signature, rows: int) -> bytes:
+    """The map of tiles of `rows` rows of an expressible 16-bit array, 128 bytes; `point` says where the array lies."""
+    driver = _driver()
     batch, length, heads, dim = array.shape
     batch_stride, row_stride, head_stride = (
-        stride if count > 1 else 2 * dim for stride, count in zip(array.strides[:-1], array.shape[:-1], strict=True)
+        2 * int(stride) if count > 1 else 2 * dim
+        for stride, count in zip(array.strides[:-1], array.shape[:-1], strict=True)
     )
     if dim % _PANEL == 0:
         shape = (_PANEL, length, dim // _PANEL, heads, batch)
@@ -53,9 +53,9 @@ def tile_map(array: Any, rows: int) -> np.ndarray:
     kinds = driver.CUtensorMapDataType
     integer, wide = driver.cuuint32_t, driver.cuuint64_t
     status, encoded = driver.cuTensorMapEncodeTiled(
-        kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if array.dtype == np.float16 else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if array.dtype == "float16" else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         len(shape),
-        array.data.ptr,
+        _SOMEWHERE,
         [wide(x) for x in shape],
         [wide(x) for x in strides],
         [integer(x) for x in box],
@@ -66,7 +66,30 @@ def tile_map(array: Any, rows: int) -> np.ndarray:
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     if int(status) != 0:
-        raise RuntimeError(
-            f"cuTensorMapEncodeTiled: {status} for {array.dtype} {array.shape}, strides {array.strides}, {rows} rows"
-        )
-    return np.array([int(word) for word in encoded.opaque], dtype=np.uint64).view("V128")
+        raise RuntimeError(f"cuTensorMapEncodeTiled: {status} for {array}, {rows} rows")
+    return b"".join(int(word).to_bytes(8, sys.byteorder) for word in encoded.opaque)
+
+
+def at(address: int) -> Any:
+    """The map that lies at an address, as `point` takes it."""
+    return _driver().CUtensorMap(_ptr=address)
+
+
+def point(tensor_map: Any, address: int) -> None:
+    """Let a map describe the same layout at another address, a multiple of 16."""
+    driver = _driver()
+    (status,) = driver.cuTensorMapReplaceAddress(tensor_map, address)
+    if status is not driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"cuTensorMapReplaceAddress: {status} for address {address:#x}")
+
+
+@lru_cache(maxsize=1)
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise UnsupportedError(
+            "the Hopper kernels need cuda.bindings: pip install 'cuflash[cuda13]' (or cuda12), or set "
+            "CUFLASH_FORCE_ARCH=sm_89 for the portable kernels"
+        ) from error
+    return driver

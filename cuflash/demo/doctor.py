@@ -49,14 +49,11 @@ def cupy_arrays() -> Finding:
 
 
 def torch_tensors() -> Finding:
-    return _through_dlpack("torch")
+    return _framework("torch", "cuflash.adapters.torch")
 
 
 def jax_arrays() -> Finding:
-    if importlib.util.find_spec("jax") is None:
-        return Finding("not installed (optional)")
-    backends = "numpy backend" if machine.gpu_obstacle() else "numpy backend on the CPU, cuda backend on a GPU"
-    return Finding(f"{backends}, through a handler of XLA's FFI (jax {importlib.metadata.version('jax')})")
+    return _framework("jax", "cuflash.adapters.jax")
 
 
 def exact_on_cpu() -> Finding:
@@ -123,12 +120,12 @@ def _guarded(check: Callable[[], Finding]) -> Finding:
         return Finding(f"{type(error).__name__}: {error}", healthy=False)
 
 
-def _through_dlpack(name: str) -> Finding:
-    """Torch takes seconds to import, so it is only looked for."""
+def _framework(name: str, way: str) -> Finding:
+    """Torch and JAX take seconds to import, so they are only looked for."""
     if importlib.util.find_spec(name) is None:
         return Finding("not installed (optional)")
     backends = "numpy backend" if machine.gpu_obstacle() else "numpy backend on the CPU, cuda backend on a GPU"
-    return Finding(f"{backends}, through DLPack ({name} {importlib.metadata.version(name)})")
+    return Finding(f"{backends}, through {way} ({name} {importlib.metadata.version(name)})")
 
 
 def _exact(xp: Any) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Backend:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     marks: tuple[pytest.MarkDecorator, ...] = ()
     memory: Callable[[Any], np.ndarray] | None = None  # all of the memory that an array made by `array` is a view of
+    adapter: bool = False  # another entry's backend through an adapter: laws of the results are that entry's
     forced_arch: str | None = None  # CUFLASH_FORCE_ARCH; the backend compiles a kernel for each new Spec
     # What the products of a result lose by their documented precision: (case, inputs, name, oracle) -> error
     arithmetic: Callable[[Case, Inputs, str, np.ndarray], float] = lambda case, inputs, name, oracle: 0.0
@@ -146,6 +148,90 @@ def _cupy(arch: str, *dtypes: str) -> Backend:
     )
 
 
+def to_torch(array: np.ndarray, device: str = "cpu") -> Any:
+    """The same values as a torch tensor, in the same surroundings, at the same strides unless one is negative."""
+    import torch
+
+    if min(array.strides, default=0) < 0:
+        array = np.ascontiguousarray(array)
+    base = np.ascontiguousarray(memory_of(array))
+    offset = (array.__array_interface__["data"][0] - base.__array_interface__["data"][0]) // array.itemsize
+    if array.dtype == ml_dtypes.bfloat16:
+        memory = torch.from_numpy(base.view(np.int16)).view(torch.bfloat16)
+    else:
+        memory = torch.from_numpy(base)
+    strides = [stride // array.itemsize for stride in array.strides]
+    return memory.to(device).flatten().as_strided(array.shape, strides, offset if array.size else 0)
+
+
+def from_torch(tensor: Any) -> np.ndarray:
+    import torch
+
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def torch_memory(tensor: Any) -> np.ndarray:
+    return from_torch(tensor.new_empty(0).set_(tensor.untyped_storage()))
+
+
+def autograd_forward(q: Any, k: Any, v: Any, **options: Any) -> Any:
+    """As a training step calls it."""
+    return cuflash.flash_attention(*(x.detach().requires_grad_() for x in (q, k, v)), **options)
+
+
+def autograd_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    *,
+    dlse: Any = None,
+    dq: Any = None,
+    dk: Any = None,
+    dv: Any = None,
+    accumulate: bool = False,
+    memory: str = "fast",
+    **options: Any,
+) -> tuple[Any, ...]:
+    """`flash_attention_backward` by torch's engine, which computes out and lse again and leaves sums to the caller."""
+    import torch
+
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    if options.get("sinks") is not None:
+        options["sinks"] = options["sinks"].detach().requires_grad_()
+        leaves.append(options["sinks"])
+    results = cuflash.flash_attention(*leaves[:3], return_lse=True, **options)
+    used = 1 if dlse is None else 2
+    gradients = torch.autograd.grad(results[:used], leaves, (dout, dlse)[:used])
+    for target, gradient in zip((dq, dk, dv), gradients, strict=False):
+        if target is not None:
+            target.copy_(target + gradient if accumulate else gradient)
+    given = (*(dq, dk, dv), None)
+    return tuple(x if target is None else target for x, target in zip(gradients, given, strict=False))
+
+
+def _torch(device: str, *, autograd: bool) -> Backend:
+    gpu = device == "cuda"
+    return Backend(
+        name=f"torch {device}{' autograd' if autograd else ''}",
+        array=lambda x: to_torch(x, device),
+        numpy=from_torch,
+        forward=autograd_forward if autograd else cuflash.flash_attention,
+        backward=autograd_backward if autograd else cuflash.flash_attention_backward,
+        dtypes=("float16", "bfloat16", "float32") if gpu else tuple(DTYPES),
+        marks=(pytest.mark.gpu,) if gpu else (),
+        memory=torch_memory,
+        adapter=True,
+        forced_arch="" if gpu else None,
+        arithmetic=tensor_core_error if gpu else lambda case, inputs, name, oracle: 0.0,
+    )
+
+
 BACKENDS = [
     Backend(name="numpy", array=lambda x: x, numpy=lambda x: x, memory=memory_of),
     Backend(name="dlpack", array=DLPackArray, numpy=lambda x: x._array),
@@ -153,3 +239,6 @@ BACKENDS = [
     _cupy("sm_80", "float16", "bfloat16", "float32"),
     _cupy("sm_75", "float16"),
 ]
+
+if importlib.util.find_spec("torch") is not None:
+    BACKENDS += [_torch(device, autograd=autograd) for device in ("cpu", "cuda") for autograd in (False, True)]

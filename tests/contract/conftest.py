@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         dtype = case.dtype if case is not None else parameters.get("dtype")
         if backend is None:
             return True
-        if backend.forced_arch is not None and item.path.name == "test_properties.py":
+        if (backend.adapter or backend.forced_arch is not None) and item.path.name == "test_properties.py":
             return False
         return dtype is None or dtype in backend.dtypes
 

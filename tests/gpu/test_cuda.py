@@ -237,6 +237,9 @@ def test_forward_allocates_its_results_alone(cp: Any) -> None:
     with _Allocations(cp) as allocations:
         out, lse = cuflash.flash_attention(q, k, v, causal=True, return_lse=True)
     assert allocations.peak == out.nbytes + lse.nbytes
+    with _Allocations(cp) as allocations:
+        cuflash.flash_attention(q, k, v, causal=True)
+    assert allocations.peak == out.nbytes
 
 
 @pytest.mark.parametrize(

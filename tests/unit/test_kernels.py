@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +15,7 @@ from cuflash import UnsupportedError, tuning
 from cuflash.cuda import jit, launch, toolchain
 from cuflash.cuda.precompile import jobs_of
 from cuflash.cuda.toolchain import Target, resources
-from cuflash.spec import Spec
+from cuflash.spec import Spec, Tile
 
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 HARMLESS = "(C7519)"  # a wgmma.fence that ptxas adds where there was one
@@ -112,6 +114,21 @@ def test_hopper_backward(options: dict[str, bool], dtype: str) -> None:
     specs = [_spec(dtype, dim, **options) for dim in (40, *HEAD_DIMS)]
     jobs = [job for spec in specs for job in jobs_of(spec, Target.named("sm_90a"))]
     _check([job for job in jobs if job[0].startswith(("backward_hopper", "backward_finish"))])
+
+
+@pytest.mark.usefixtures("compiler")
+def test_unit_kernels_of_the_primitives_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "sources"
+    shutil.copytree(Path(__file__).parents[2] / "cuda_src", folder)
+    shutil.copy(Path(__file__).parents[1] / "gpu" / "primitives.cu", folder)
+    monkeypatch.setattr(jit, "_source_folder", lambda: folder)
+    for head_dim, cols in ((64, 80), (256, 128)):
+        tile = Tile(rows=64, cols=cols, stages=3)
+        used = resources(
+            jit.compile_variant("primitives", _spec("float16", head_dim), tile, Target.named("sm_90a")).log
+        )
+        assert len(used) == 7
+        assert not any(kernel.spill_bytes or kernel.advisories for kernel in used.values())
 
 
 @pytest.mark.usefixtures("compiler")

@@ -1,0 +1,17 @@
+"""PyTorch: exact attention on torch tensors, differentiable, compilable and under functorch's transforms.
+
+`cuflash.flash_attention` brings torch tensors here by itself. Beside it stands `scaled_dot_product_attention`, with
+torch's own signature and conventions, and `install`, which puts it in the place of torch's.
+"""
+
+from cuflash.adapters.torch.attention import flash_attention, flash_attention_backward
+from cuflash.adapters.torch.sdpa import install, installed, scaled_dot_product_attention, uninstall
+
+__all__ = [
+    "flash_attention",
+    "flash_attention_backward",
+    "install",
+    "installed",
+    "scaled_dot_product_attention",
+    "uninstall",
+]

@@ -1,0 +1,88 @@
+"""Torch tensors in the CPU's memory: NumPy arrays over the same memory, both ways, no copy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+import cuflash
+from cuflash.adapters.torch._values import Operands, Options
+
+
+def forward(operands: Operands, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of `cuflash.flash_attention`."""
+    out, lse = cuflash.flash_attention(**_arrays(operands._asdict()), **options._asdict(), return_lse=True)
+    return _tensor(out), _tensor(lse)
+
+
+def backward(
+    dout: torch.Tensor,
+    operands: Operands,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    options: Options,
+    *,
+    dq: torch.Tensor | None = None,
+    dk: torch.Tensor | None = None,
+    dv: torch.Tensor | None = None,
+    accumulate: bool = False,
+    memory: str = "fast",
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of `cuflash.flash_attention_backward`; given dq, dk and dv come back as the same tensors."""
+    given = {"dq": dq, "dk": dk, "dv": dv}
+    tensors = {"dout": dout, **operands._asdict(), "out": out, "lse": lse, "dlse": dlse, **given}
+    gradients = cuflash.flash_attention_backward(
+        **_arrays(tensors), **options._asdict(), accumulate=accumulate, memory=memory
+    )
+    targets = (*given.values(), None)
+    return tuple(
+        _tensor(array) if target is None else target for array, target in zip(gradients, targets, strict=False)
+    )
+
+
+def _arrays(tensors: dict[str, torch.Tensor | None]) -> dict[str, Any]:
+    return {name: None if tensor is None else _array(name, tensor) for name, tensor in tensors.items()}
+
+
+_DTYPES = {
+    getattr(torch, name): np.dtype(name)
+    for name in ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool", "complex64")
+} | {torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
+
+
+class _Memory:
+    """A tensor's memory as NumPy reads it. `Tensor.numpy()` would forbid torch to resize it ever after, which FSDP
+    does with parameters."""
+
+    def __init__(self, tensor: torch.Tensor, itemsize: int) -> None:
+        self.owner = tensor
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * itemsize for stride in tensor.stride()),
+            "typestr": f"V{itemsize}",
+            "data": (tensor.data_ptr(), False),
+        }
+
+
+def _array(name: str, tensor: torch.Tensor) -> np.ndarray:
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None or tensor.is_neg() or tensor.is_conj():
+        lazily = "" if dtype is None else ", lazily negated or conjugated"
+        raise TypeError(
+            f"{name}: got a tensor of {tensor.dtype}{lazily}; "
+            "allowed: float16, bfloat16, float32 or float64, with its values in memory"
+        )
+    if tensor.numel() == 0:
+        return np.empty(tuple(tensor.shape), dtype)
+    return np.asarray(_Memory(tensor, dtype.itemsize)).view(dtype)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

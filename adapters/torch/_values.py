@@ -1,0 +1,34 @@
+"""A call as values: its tensors and its options."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Operands(NamedTuple):
+    """The tensors of a call, in the order in which everything here passes them."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    alibi_slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+
+
+class Options(NamedTuple):
+    """The options of a call that are no tensors, named as those of `cuflash.flash_attention`."""
+
+    causal: bool = False
+    window_size: tuple[int | None, int | None] | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    seed: Any = None  # int, or an int64 tensor of one element on the CPU: the same 64 bits
+    deterministic: bool = False
+    allow_tf32: bool = False
+    layout: str = "bshd"
+    backend: str | None = None

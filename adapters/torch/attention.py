@@ -1,0 +1,266 @@
+"""The two functions on torch tensors: check, cast for autocast, and choose how much of torch a call goes through.
+
+- Nobody differentiates: straight to the backend.
+- Eager, with gradients: one plain autograd.Function around the backend, the least that the autograd engine takes.
+- torch.compile, export, functorch's transforms, modes and tensor subclasses: the operators of `_operators`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from cuflash import UnsupportedError
+from cuflash.adapters.torch import _call, _operators
+from cuflash.adapters.torch._values import Operands, Options
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+    layout: str = "bshd",
+    backend: str | None = None,
+) -> Any:
+    """`cuflash.flash_attention` on torch tensors, differentiable once in q, k, v and sinks, and through the LSE.
+
+    Parameters, shapes and dtypes are those of `cuflash.flash_attention`; what torch adds:
+
+    q, k, v : dense tensors on the CPU or a CUDA GPU, all on one device
+        Under autocast, those of float16, bfloat16 and float32 are cast to its dtype, as for torch's own attention.
+    alibi_slopes, cu_seqlens_q, cu_seqlens_k : tensors without gradients
+    seed : int in [0, 2^64), or int64 tensor of one element on the CPU
+        A tensor's value need not be known when torch.compile traces.
+    deterministic : bool
+        Also on while `torch.use_deterministic_algorithms(True)` holds.
+
+    Returns
+    -------
+    out, or (out, lse)
+        On q's device, contiguous, of memory that nothing else uses.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Names the argument, what it was and what is allowed; nothing has been computed.
+    UnsupportedError
+        What this GPU or build cannot do; double backward and forward mode; vmap over cu_seqlens, or with dropout
+        unless randomness="different".
+    """
+    operands = Operands(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
+    if torch.overrides.has_torch_function_variadic(*operands):
+        return torch.overrides.handle_torch_function(
+            flash_attention,
+            operands,
+            q,
+            k,
+            v,
+            causal=causal,
+            window_size=window_size,
+            scale=scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            dropout_p=dropout_p,
+            seed=seed,
+            return_lse=return_lse,
+            deterministic=deterministic,
+            allow_tf32=allow_tf32,
+            layout=layout,
+            backend=backend,
+        )
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse: got {return_lse!r} ({type(return_lse).__name__}); allowed: True or False")
+    plain, with_gradients = _survey(operands._fields, operands, q)
+    if seed is not None:
+        _check_seed(seed)
+    if with_gradients:
+        for name in ("alibi_slopes", "cu_seqlens_q", "cu_seqlens_k"):
+            x = getattr(operands, name)
+            if x is not None and x.requires_grad:
+                raise ValueError(f"{name}: got a tensor that requires gradients; allowed: a detached one")
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    options = Options(
+        causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout=layout, backend=backend
+    )
+    device_type = q.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        operands = _cast(operands, torch.get_autocast_dtype(device_type))
+    if not plain or _is_seen():
+        out, lse = _operators.forward(operands, options)
+    elif with_gradients:
+        out, lse = _Attention.apply(options, *operands)
+    else:
+        out, lse = _call.forward(operands, options)
+    return (out, lse) if return_lse else out
+
+
+def flash_attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    deterministic: bool = False,
+    allow_tf32: bool = False,
+    layout: str = "bshd",
+    backend: str | None = None,
+    dlse: torch.Tensor | None = None,
+    dq: torch.Tensor | None = None,
+    dk: torch.Tensor | None = None,
+    dv: torch.Tensor | None = None,
+    accumulate: bool = False,
+    memory: str = "fast",
+) -> tuple[torch.Tensor, ...]:
+    """`cuflash.flash_attention_backward` on torch tensors, for those who call it by hand; autograd needs no such call.
+
+    Parameters and results are those of `cuflash.flash_attention_backward`; given dq, dk and dv come back as the same
+    tensors. The gradients are not differentiable, so tensors that require gradients raise a ValueError unless grad
+    mode is off.
+    """
+    operands = Operands(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
+    tensors = {"dout": dout, **operands._asdict(), "out": out, "lse": lse, "dlse": dlse, "dq": dq, "dk": dk, "dv": dv}
+    plain, with_gradients = _survey(tensors, tensors.values(), q)
+    if with_gradients:
+        name = next(name for name, x in tensors.items() if x is not None and x.requires_grad)
+        raise ValueError(
+            f"{name}: got a tensor that requires gradients; allowed: a detached one, or any in torch.no_grad()"
+        )
+    if seed is not None:
+        _check_seed(seed)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    options = Options(
+        causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout=layout, backend=backend
+    )
+    given = {"dq": dq, "dk": dk, "dv": dv}
+    if plain and not _is_seen():
+        return _call.backward(dout, operands, out, lse, dlse, options, **given, accumulate=accumulate, memory=memory)
+    for name, x in given.items():
+        if x is not None or accumulate:
+            raise UnsupportedError(
+                f"{name}: got a tensor to write to while torch traces or transforms the call; allowed: None"
+            )
+    return _operators.backward(dout, operands, out, lse, dlse, options, memory=memory)
+
+
+class _Attention(torch.autograd.Function):
+    """Eager attention with gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, options: Options, *operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = _call.forward(Operands(*operands), options)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*operands, out, lse)
+        ctx.options = options
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        *operands, out, lse = ctx.saved_tensors
+        dout, dlse = _operators.arrived(gradients, out)
+        if torch.is_grad_enabled():  # create_graph=True: the gradients carry a derivative, which raises
+            results = _operators.backward(dout, Operands(*operands), out, lse, dlse, ctx.options)
+        else:
+            results = _call.backward(dout, Operands(*operands), out, lse, dlse, ctx.options)
+        dq, dk, dv, *dsinks = results
+        return None, dq, dk, dv, None, dsinks[0] if dsinks else None, None, None
+
+
+def _is_seen() -> bool:
+    """Whether something between the caller and the backend must see operators instead of memory."""
+    if torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active():
+        # The compiler would trace through the gradient and lose it. Without fullgraph it leaves this to eager mode.
+        raise UnsupportedError("torch.compile: got a call inside functorch transforms; allowed: these without compile")
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+    )
+
+
+_OPTIONAL = ("alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "dlse", "dq", "dk", "dv")
+
+
+def _survey(names: Iterable[str], tensors: Iterable[Any], q: torch.Tensor) -> tuple[bool, bool]:
+    """Whether all tensors are plain memory, and whether any is to be differentiated; raises for what is no dense
+    tensor on q's device. All else is checked by what computes."""
+    if not isinstance(q, torch.Tensor):
+        _check_unusual("q", q, q)
+    device = q.device
+    plain, with_gradients = device.type != "meta", False
+    for name, x in zip(names, tensors, strict=True):
+        if x is None:
+            if name not in _OPTIONAL:
+                _check_unusual(name, x, q)
+            continue
+        if type(x) not in _PLAIN or x.device != device or x.layout is not torch.strided or x.is_nested:
+            _check_unusual(name, x, q)
+            plain = False
+        with_gradients = with_gradients or x.requires_grad
+    return plain, with_gradients and torch.is_grad_enabled()
+
+
+def _check_unusual(name: str, x: Any, q: torch.Tensor) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: got {x!r:.60} ({type(x).__name__}); allowed: a torch.Tensor")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(
+            f"{name}: got a {'nested' if x.is_nested else x.layout} tensor; allowed: a dense tensor "
+            "(sequences of several lengths: packed, with cu_seqlens_q and cu_seqlens_k)"
+        )
+    if is_traceable_wrapper_subclass(x) and hasattr(x, "to_local"):
+        raise TypeError(f"{name}: got a {type(x).__name__}; allowed: the local tensor of a shard (to_local())")
+    if x.device != q.device:
+        raise ValueError(f"{name}: got a tensor on {x.device}; allowed: q's device, {q.device}")
+
+
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, torch.Tensor) and (seed.dtype != torch.int64 or seed.numel() != 1 or not seed.is_cpu):
+        raise TypeError(
+            f"seed: got a tensor of {seed.dtype} with shape {tuple(seed.shape)} on {seed.device}; "
+            "allowed: an integer in [0, 2**64), or an int64 tensor of one element on the CPU"
+        )
+
+
+def _cast(operands: Operands, dtype: torch.dtype) -> Operands:
+    """For autocast: q, k and v in its dtype but for float64; sinks and slopes follow where they are not float32."""
+    q, k, v = (x.to(dtype) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in operands[:3])
+    alibi_slopes, sinks = (
+        x.to(dtype) if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x for x in operands[3:5]
+    )
+    return operands._replace(q=q, k=k, v=v, alibi_slopes=alibi_slopes, sinks=sinks)

@@ -1,0 +1,101 @@
+"""Plans: made once for equal signatures and options, and what they say of a call."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuflash import arrays, plans
+from cuflash.arrays import Signature
+
+OPTIONS = (False, None, None, None, 0.0, False, False, False, "bshd", None)
+
+
+def _signature(*shape: int, dtype: str = "float32") -> Signature:
+    return arrays.signature(np.zeros(shape, dtype))
+
+
+def _inputs(layout: str = "bshd") -> list[Any]:
+    q, k, v = (2, 5, 4, 16), (2, 7, 2, 16), (2, 7, 2, 8)
+    if layout == "bhsd":
+        q, k, v = ((b, h, n, d) for b, n, h, d in (q, k, v))
+    return [_signature(*q), _signature(*k), _signature(*v), None, None, None, None]
+
+
+def test_equal_calls_share_a_plan() -> None:
+    assert plans.forward(*_inputs(), *OPTIONS) is plans.forward(*_inputs(), *OPTIONS)
+    causal = (True, *OPTIONS[1:])
+    assert plans.forward(*_inputs(), *causal) is not plans.forward(*_inputs(), *OPTIONS)
+
+
+def test_an_option_of_another_type_is_not_taken_for_one_that_equals_it() -> None:
+    plans.forward(*_inputs(), *OPTIONS)
+    with pytest.raises(TypeError, match="causal: got 0"):
+        plans.forward(*_inputs(), 0, *OPTIONS[1:])
+
+
+def test_an_option_that_cannot_be_remembered_is_named() -> None:
+    with pytest.raises(TypeError, match="scale: got"):
+        plans.forward(*_inputs(), False, None, [1.0], *OPTIONS[3:])
+
+
+def test_results_are_new_arrays_in_the_callers_layout() -> None:
+    plan = plans.forward(*_inputs("bhsd"), *OPTIONS[:-2], "bhsd", None)
+    assert (plan.out.shape, plan.out.strides) == ((2, 4, 5, 8), (160, 40, 8, 1))
+    assert (plan.lse.shape, plan.lse.strides) == ((2, 4, 5), (20, 5, 1))
+    assert plan.problem.statistics == 40
+
+
+def test_gradients_look_like_the_inputs_unless_given() -> None:
+    *inputs, _, cu_q, cu_k = _inputs()
+    inputs = [*inputs[:3], None, _signature(4), cu_q, cu_k]
+    forward = plans.forward(*inputs, *OPTIONS)
+    given = _signature(2, 5, 4, 16, dtype="float32")._replace(strides=(640, 128, 32, 1))
+    plan = plans.backward(
+        forward.out, forward.out, forward.lse, None, given, None, None, *inputs, False, "lean", *OPTIONS
+    )
+    assert plan.lean
+    assert plan.gradients["dq"] is given
+    assert plan.gradients["dk"] == inputs[1]
+    assert plan.gradients["dsinks"].shape == (4,)
+
+
+def test_head_major_tensors_are_seen_head_minor() -> None:
+    array = Signature((2, 4, 5, 8), (160, 40, 8, 1), "float16", "cuda:0", True)
+    seen = plans.head_minor(array, True)
+    assert (seen.shape, seen.strides) == ((2, 5, 4, 8), (160, 8, 40, 1))
+    assert plans.head_minor(array, False) is array
+
+
+def test_arguments_of_a_launch_lie_where_the_driver_looks() -> None:
+    pytest.importorskip("cuda.bindings")
+    from cuflash.cuda import launch
+
+    params, maps = bytes(range(200)), [b"a" * 128, b"b" * 128]
+    arguments = launch._Arguments(params, maps)
+    places = (ctypes.c_void_p * 3).from_address(arguments.address)
+    assert all(place % 64 == 0 for place in places)
+    assert [ctypes.string_at(place, n) for place, n in zip(places, (200, 128, 128), strict=True)] == [params, *maps]
+    arguments.words[3] = 2**64 - 1
+    assert ctypes.string_at(places[0] + 24, 8) == b"\xff" * 8
+    assert [tensor_map.getPtr() for tensor_map in arguments.maps] == list(places)[1:]
+
+
+def test_what_tensor_maps_can_express() -> None:
+    pytest.importorskip("cuda.bindings")
+    from cuflash.cuda import tensor_map
+
+    dense = Signature((2, 5, 4, 64), (1280, 256, 64, 1), "bfloat16", "cuda:0", True)
+    assert tensor_map.expressible(dense)
+    for other in (
+        dense._replace(shape=(2, 5, 4, 60)),
+        dense._replace(strides=(1284, 256, 64, 1)),
+        dense._replace(strides=(0, 256, 64, 1)),
+        dense._replace(strides=(-1280, 256, 64, 1)),
+        dense._replace(shape=(5, 4, 64), strides=(256, 64, 1)),
+    ):
+        assert not tensor_map.expressible(other)
+    assert tensor_map.expressible(dense._replace(shape=(1, 5, 4, 64), strides=(0, 256, 64, 1)))
