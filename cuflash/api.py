@@ -18,7 +18,7 @@ import numpy as np
 from cuflash import arrays, numpy_backend, plans
 from cuflash.arrays import Signature
 from cuflash.errors import UnsupportedError
-from cuflash.plans import BackwardPlan, ForwardPlan, bad, check_flag, is_integer
+from cuflash.plans import BackwardPlan, ForwardPlan, bad, check_flag
 from cuflash.spec import Extras, Problem
 
 
@@ -112,7 +112,7 @@ def flash_attention(
         *[None if array is None else arrays.signature(array) for array in inputs],
         *(causal, window_size, scale, softcap, dropout_p, seed is not None, deterministic, allow_tf32, layout, backend),
     )
-    seed = _checked_seed(seed)
+    seed = plans.checked_seed(seed)
     if plan.backend == "cuda":
         out, lse = _cuda().forward(plan, inputs, seed, return_lse)
     else:
@@ -190,9 +190,9 @@ def flash_attention_backward(
         *(accumulate, memory, causal, window_size, scale, softcap, dropout_p, seed is not None, deterministic),
         *(allow_tf32, layout, backend),
     )
-    seed = _checked_seed(seed)
+    seed = plans.checked_seed(seed)
     dout_, out_, lse_, dlse_, *given = others
-    _check_overlap(dict(zip(("dq", "dk", "dv"), given, strict=True)), (dout_, out_, lse_, dlse_, *inputs))
+    check_overlap(dict(zip(("dq", "dk", "dv"), given, strict=True)), (dout_, out_, lse_, dlse_, *inputs))
     if plan.forward.backend == "cuda":
         targets = _cuda().backward(plan, (dout_, out_, lse_, dlse_, *inputs), given, seed)
     else:
@@ -251,14 +251,6 @@ def _operand(name: str, array: Any) -> Any:
         ) from error
 
 
-def _checked_seed(seed: Any) -> int:
-    if seed is None:
-        return 0
-    if not (is_integer(seed) and 0 <= seed < 2**64):
-        bad("seed", repr(seed), "an integer in [0, 2**64)", ValueError if is_integer(seed) else TypeError)
-    return int(seed)
-
-
 @lru_cache(maxsize=1)
 def _cuda() -> Any:
     """The launches; CuPy is imported by the first call on a GPU."""
@@ -304,7 +296,7 @@ def _check_boundaries(name: str, cu_seqlens: np.ndarray, total: int) -> None:
         bad(name, f"last value {values[-1]}", allowed)
 
 
-def _check_overlap(given: dict[str, Any], inputs: Sequence[Any]) -> None:
+def check_overlap(given: dict[str, Any], inputs: Sequence[Any]) -> None:
     """Gradients may share no memory with the inputs nor with each other."""
     names = ("dout", "out", "lse", "dlse", *plans.INPUTS)
     others = {name: array for name, array in zip(names, inputs, strict=True) if array is not None}

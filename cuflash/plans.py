@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 INPUTS = ("q", "k", "v", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
 _LAYOUTS = ("bshd", "bhsd")
 _BACKENDS = ("numpy", "cuda")
-_MEMORY = ("fast", "lean")
+MEMORY = ("fast", "lean")
 
 
 class _Launched:
@@ -289,8 +289,8 @@ def backward(
     if dlse is not None:
         _check_like("dlse", dlse, plan.lse, (plan.lse.dtype,))
     check_flag("accumulate", accumulate)
-    if memory not in _MEMORY:
-        bad("memory", repr(memory), f"one of {_MEMORY}")
+    if memory not in MEMORY:
+        bad("memory", repr(memory), f"one of {MEMORY}")
     gradients: dict[str, Signature] = {}
     for name, given in (("dq", dq), ("dk", dk), ("dv", dv)):
         like = plan.inputs[name[1:]]
@@ -336,6 +336,15 @@ def check_flag(name: str, value: Any) -> None:
 
 def is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def checked_seed(seed: Any) -> int:
+    """The seed of a call; plans are made without it."""
+    if seed is None:
+        return 0
+    if not (is_integer(seed) and 0 <= seed < 2**64):
+        bad("seed", repr(seed), "an integer in [0, 2**64)", ValueError if is_integer(seed) else TypeError)
+    return int(seed)
 
 
 def _checked_real(name: str, value: Any, allowed: str, holds: Any) -> float:

@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import Any
 
 from cuflash import plans
-from cuflash.api import _checked_seed
 from cuflash.arrays import Signature
 from cuflash.errors import UnsupportedError
 from cuflash.plans import BackwardPlan, ForwardPlan
@@ -110,9 +109,9 @@ def plan_of(arrays: Mapping[str, Signature], options: Options) -> ForwardPlan | 
         plan = plans.backward(*others, *inputs, False, options.memory, *values)
     else:
         plan = plans.forward(*inputs, *values)
-        if options.memory not in plans._MEMORY:
-            plans.bad("memory", repr(options.memory), f"one of {plans._MEMORY}")
-    _checked_seed(options.seed)
+        if options.memory not in plans.MEMORY:
+            plans.bad("memory", repr(options.memory), f"one of {plans.MEMORY}")
+    plans.checked_seed(options.seed)
     return plan
 
 

@@ -1,27 +1,29 @@
-"""Torch tensors on a GPU: CuPy arrays over the same memory, on torch's current stream, with torch's allocator.
+"""Torch tensors on a GPU: plans run with their pointers, on torch's current stream, with torch's memory.
 
 Everything that the adapter knows about CUDA is here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-import cuflash
+from cuflash import api, plans
 from cuflash.adapters.torch._values import Operands, Options
+from cuflash.arrays import Signature
 from cuflash.cuda.toolchain import import_cupy
 
 
 def forward(operands: Operands, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of `cuflash.flash_attention`."""
-    with _torch_surroundings(operands.q):
-        out, lse = cuflash.flash_attention(**_arrays(operands._asdict()), **options._asdict(), return_lse=True)
-        return torch.from_dlpack(out), torch.from_dlpack(lse)
+    plan = plans.forward(*_signatures(plans.INPUTS, operands), *_arguments(options))
+    seed = plans.checked_seed(options.seed)
+    out, lse = _empty(plan.out, operands.q), _empty(plan.lse, operands.q)
+    _run(plan, (*operands[:3], out, None, None, None, None, lse, None, None, *operands[3:]), seed)
+    return out, lse
 
 
 def backward(
@@ -39,63 +41,72 @@ def backward(
     memory: str = "fast",
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of `cuflash.flash_attention_backward`; given dq, dk and dv come back as the same tensors."""
-    given = {"dq": dq, "dk": dk, "dv": dv}
-    tensors = {"dout": dout, **operands._asdict(), "out": out, "lse": lse, "dlse": dlse, **given}
-    with _torch_surroundings(operands.q):
-        gradients = cuflash.flash_attention_backward(
-            **_arrays(tensors), **options._asdict(), accumulate=accumulate, memory=memory
-        )
-        targets = (*given.values(), None)
-        return tuple(
-            torch.from_dlpack(array) if target is None else target
-            for array, target in zip(gradients, targets, strict=False)
-        )
+    given = (dq, dk, dv)
+    others = (dout, out, lse, dlse, *given)
+    plan = plans.backward(
+        *_signatures(("dout", "out", "lse", "dlse", "dq", "dk", "dv"), others),
+        *_signatures(plans.INPUTS, operands),
+        accumulate,
+        memory,
+        *_arguments(options),
+    )
+    seed = plans.checked_seed(options.seed)
+    if any(target is not None for target in given):
+        views = [None if x is None else import_cupy().from_dlpack(x.detach()) for x in (*others, *operands)]
+        api.check_overlap(dict(zip(("dq", "dk", "dv"), views[4:7], strict=True)), [*views[:4], *views[7:]])
+    gradients = tuple(
+        _empty(like, operands.q) if target is None else target
+        for like, target in zip(plan.gradients.values(), (*given, None), strict=False)
+    )
+    dsinks = gradients[3] if len(gradients) > 3 else None
+    _run(plan, (*operands[:3], out, dout, *gradients[:3], lse, dlse, dsinks, *operands[3:]), seed)
+    return gradients
 
 
-def _arrays(tensors: dict[str, torch.Tensor | None]) -> dict[str, Any]:
-    return {name: None if tensor is None else _array(name, tensor.detach()) for name, tensor in tensors.items()}
+def _arguments(options: Options) -> tuple[Any, ...]:
+    """The options as plans take them."""
+    causal, window_size, scale, softcap, dropout_p, seed, *more = options
+    return (causal, window_size, scale, softcap, dropout_p, seed is not None, *more)
 
 
-def _array(name: str, tensor: torch.Tensor) -> Any:
-    try:
-        return import_cupy().from_dlpack(tensor)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name}: got a tensor of {tensor.dtype} that CuPy cannot view ({error}); "
-            "allowed: float16, bfloat16 or float32, with its values in memory"
-        ) from error
+def _run(plan: Any, operands: Sequence[torch.Tensor | None], seed: int) -> None:
+    """Run a plan; the operands in the order of cuflash.cuda.launch.OPERANDS."""
+    pointers = tuple([0 if tensor is None else tensor.data_ptr() for tensor in operands])
+    q, k, v, out, dout, dq, dk, dv, *_ = pointers
+    launches = plan.launches((q | k | v | out | dout | dq | dk | dv) % 16 == 0)
+    workspace = 0
+    if launches.workspace:
+        memory = torch.empty(launches.workspace, dtype=torch.uint8, device=operands[0].device)
+        workspace = memory.data_ptr()
+    launches.run(torch._C._cuda_getCurrentRawStream(plan.device), pointers, workspace, seed)
 
 
-class _TorchStream:
-    """Torch's current stream of a device, as the protocol that CuPy reads."""
-
-    def __init__(self, device: int) -> None:
-        self._handle = torch._C._cuda_getCurrentRawStream(device)
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._handle
+def _empty(like: Signature, q: torch.Tensor) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=_TORCH[like.dtype], device=q.device)
 
 
-@contextmanager
-def _torch_surroundings(q: torch.Tensor) -> Iterator[None]:
-    """q's device, the stream torch uses there, and torch's allocator: what it gives is safe inside CUDA graphs too."""
-    cupy = import_cupy()
-    with (
-        torch.cuda.device(q.device),
-        cupy.cuda.Stream.from_external(_TorchStream(q.device.index)),
-        cupy.cuda.using_allocator(_allocator().malloc),
-    ):
-        # A thread that has not set its device has no context for the driver to launch in, even on device 0.
-        cupy.cuda.runtime.setDevice(q.device.index)
-        yield
+_NAMES = {
+    getattr(torch, name): name
+    for name in ("float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
+}
+_TORCH = {name: dtype for dtype, name in _NAMES.items()}
 
 
-@lru_cache(maxsize=1)
-def _allocator() -> Any:
-    def allocate(size: int, device: int) -> int:
-        return torch.cuda.caching_allocator_alloc(size, device)
+def _signatures(names: Sequence[str], tensors: Sequence[torch.Tensor | None]) -> list[Signature | None]:
+    signatures = []
+    for i, x in enumerate(tensors):
+        if x is None:
+            signatures.append(None)
+            continue
+        if x.is_neg() or x.is_conj():
+            raise TypeError(
+                f"{names[i]}: got a tensor of {x.dtype}, lazily negated or conjugated; allowed: its values in memory"
+            )
+        signatures.append(_signature(x.shape, x.stride(), x.dtype, x.device))
+    return signatures
 
-    def free(pointer: int, device: int) -> None:
-        torch.cuda.caching_allocator_delete(pointer)
 
-    return import_cupy().cuda.PythonFunctionAllocator(allocate, free)
+@lru_cache(maxsize=4096)
+def _signature(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Signature:
+    where = f"cuda:{device.index}" if device.type == "cuda" else str(device)
+    return Signature(tuple(shape), strides, _NAMES.get(dtype, str(dtype)), where, True)
