@@ -13,10 +13,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
-from cuflash.adapters.jax._call import BACKWARD, FORWARD, Call, Options, bad, check, check_flag, signature
+from cuflash.adapters.jax._call import BACKWARD, FORWARD, Call, Options, plan_of, signature
 from cuflash.adapters.jax._primitives import backward, forward
 from cuflash.arrays import Signature
 from cuflash.errors import UnsupportedError
+from cuflash.plans import bad, check_flag
 
 OUT_NAME, LSE_NAME = "cuflash_out", "cuflash_lse"
 
@@ -160,7 +161,7 @@ def _checked(arrays: dict[str, Any], options: Options) -> tuple[Call, tuple[jax.
         if isinstance(getattr(options, field.name), Tracer):
             bad(field.name, "a value that JAX traces", "a Python value (static under jit)", TypeError)
     # Which platform the call will run on is known when it is lowered: _primitives checks `backend` against it.
-    check(signatures, replace(options, backend=None) if options.backend == "cuda" else options)
+    plan_of(signatures, replace(options, backend=None) if options.backend == "cuda" else options)
     given = {name: jnp.asarray(array) for name, array in given.items()}
     for name, array in given.items():
         if array.dtype.name != signatures[name].dtype:

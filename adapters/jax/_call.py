@@ -1,27 +1,23 @@
 """What a call is: its operands by name, its options, and both as the text that XLA carries to the handler.
 
-This is the one module of the adapter that knows how cuflash checks a call and computes it. Checking happens while JAX
-traces, on shapes and dtypes alone; `run` happens when XLA executes, on views of XLA's buffers.
+A call is checked while JAX traces, on shapes and dtypes alone, by making its plan.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
-import cuflash
 from cuflash import plans
 from cuflash.arrays import Signature
 from cuflash.errors import UnsupportedError
-from cuflash.plans import bad, check_flag
+from cuflash.plans import BackwardPlan, ForwardPlan
 
-__all__ = ["BACKWARD", "FORWARD", "Call", "Options", "bad", "check", "check_flag", "planned", "run", "signature"]
-
-# The operands of the two passes, in the order in which they reach XLA. Those after v may be absent.
-FORWARD = ("q", "k", "v", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
+# The operands of the two passes, in the order in which they reach XLA. dlse and those after v may be absent.
+FORWARD = plans.INPUTS
 BACKWARD = ("dout", "out", "lse", "dlse", *FORWARD)
 
 
@@ -77,68 +73,48 @@ class Call:
     def packed(self) -> bool:
         return "cu_seqlens_q" in self.operands
 
-    def text(self) -> str:
-        return json.dumps(asdict(self))
+    def text(self, operands: Sequence[Any]) -> str:
+        """The call and its operands' shapes and dtypes."""
+        return json.dumps([asdict(self), [(x.shape, x.dtype.name) for x in operands]])
 
-    @staticmethod
-    @lru_cache(maxsize=4096)
-    def from_text(text: bytes) -> Call:
-        fields = json.loads(text)
-        options = fields["options"]
-        if options["window_size"] is not None:
-            options["window_size"] = tuple(options["window_size"])
-        return Call(fields["backward"], tuple(fields["operands"]), Options(**options))
+
+@lru_cache(maxsize=4096)
+def described(text: bytes | str) -> tuple[Call, tuple[tuple[tuple[int, ...], str], ...]]:
+    """A call and its operands' shapes and dtypes, of its text."""
+    call, operands = json.loads(text)
+    options = call["options"]
+    options["window_size"] = tuple(options["window_size"])
+    shapes = tuple((tuple(shape), dtype) for shape, dtype in operands)
+    return Call(call["backward"], tuple(call["operands"]), Options(**options)), shapes
 
 
 def signature(name: str, shape: Sequence[Any], dtype: str, device: str = "cpu") -> Signature:
     """The signature of an operand as XLA hands it over: row-major."""
     if not all(isinstance(length, int) for length in shape):
         raise UnsupportedError(f"{name}: got the symbolic shape {shape}; kernels are made for lengths that are numbers")
-    strides, step = [], 1
-    for length in reversed(shape):
-        strides.append(step)
-        step *= length
-    return Signature(tuple(shape), tuple(reversed(strides)), dtype, device, True)
+    return plans.contiguous(Signature(tuple(shape), (), dtype, device, True))
 
 
-def check(arrays: Mapping[str, Signature | None], options: Options) -> dict[str, Signature]:
-    """The signatures of a call's results, given those of its operands and its options, both checked.
+def plan_of(arrays: Mapping[str, Signature], options: Options) -> ForwardPlan | BackwardPlan:
+    """The plan of a call, given the signatures of its operands and its options, both checked.
 
     A call with a `dout` among its arrays is a backward. Raises the TypeError, ValueError or UnsupportedError of
     `cuflash.flash_attention` and `cuflash.flash_attention_backward`.
     """
-    if options.memory not in plans.MEMORY:
-        bad("memory", repr(options.memory), f"one of {plans.MEMORY}")
-    plans.checked_seed(options.seed)
-    plan = planned(arrays, options)
-    return plan.gradients if "dout" in arrays else {"out": plan.out, "lse": plan.lse}
-
-
-def planned(arrays: Mapping[str, Signature | None], options: Options) -> Any:
-    """The plan of a call; a backward's where there is a `dout`."""
+    seeded = replace(options, seed=options.seed is not None)
+    values = [getattr(seeded, field.name) for field in fields(options) if field.name != "memory"]
     inputs = [arrays.get(name) for name in FORWARD]
-    values = (
-        *(options.causal, options.window_size, options.scale, options.softcap, options.dropout_p),
-        *(options.seed is not None, options.deterministic, options.allow_tf32, options.layout, options.backend),
-    )
-    if "dout" not in arrays:
-        return plans.forward(*inputs, *values)
-    others = [arrays.get(name) for name in ("dout", "out", "lse", "dlse", "dq", "dk", "dv")]
-    return plans.backward(*others, *inputs, False, options.memory, *values)
-
-
-def run(call: Call, operands: Sequence[Any], results: Sequence[Any]) -> None:
-    """Compute a call on NumPy arrays, into the given results."""
-    arrays = dict(zip(call.operands, operands, strict=True))
-    options = asdict(call.options)
-    if call.backward:
-        leading = [arrays.pop(name) for name in ("dout", "q", "k", "v", "out", "lse")]
-        gradients = dict(zip(("dq", "dk", "dv"), results, strict=False))
-        computed = cuflash.flash_attention_backward(*leading, **arrays, **gradients, **options)
-        computed, results = computed[3:], results[3:]  # dsinks: the others are written already
+    if "dout" in arrays:
+        others = [arrays.get(name) for name in ("dout", "out", "lse", "dlse", "dq", "dk", "dv")]
+        plan = plans.backward(*others, *inputs, False, options.memory, *values)
     else:
-        leading = [arrays.pop(name) for name in ("q", "k", "v")]
-        del options["memory"]
-        computed = cuflash.flash_attention(*leading, **arrays, return_lse=True, **options)
-    for target, value in zip(results, computed, strict=True):
-        target[...] = value
+        plan = plans.forward(*inputs, *values)
+        if options.memory not in plans.MEMORY:
+            plans.bad("memory", repr(options.memory), f"one of {plans.MEMORY}")
+    plans.checked_seed(options.seed)
+    return plan
+
+
+def results_of(plan: ForwardPlan | BackwardPlan) -> dict[str, Signature]:
+    """The signatures of a call's results."""
+    return {"out": plan.out, "lse": plan.lse} if isinstance(plan, ForwardPlan) else plan.gradients

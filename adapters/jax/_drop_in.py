@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from cuflash.adapters.jax._attention import flash_attention
-from cuflash.adapters.jax._call import bad
 from cuflash.errors import UnsupportedError
+from cuflash.plans import bad
 
 _NO_ARRAY = (
     "None: dense ones are not supported; use is_causal, local_window_size, the sequence lengths or flash_attention"

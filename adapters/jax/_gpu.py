@@ -1,56 +1,70 @@
-"""A call on a GPU: a plan run with the addresses of XLA's buffers, on XLA's stream."""
+"""A call on a GPU: its plan, run on XLA's stream, with the addresses of XLA's buffers and of a workspace from XLA.
+
+Nothing is allocated and nothing waits, so that XLA may capture a call in a command buffer (a CUDA graph).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache, reduce
+from operator import or_
+from typing import TYPE_CHECKING, NamedTuple
 
-from cuflash.adapters.jax._call import Call, planned, signature
+import jax
+
+from cuflash.adapters.jax._call import Call, described, plan_of, signature
+from cuflash.cuda.launch import OPERANDS, TENSORS
 from cuflash.cuda.toolchain import import_cupy
+from cuflash.errors import UnsupportedError
+from cuflash.plans import BackwardPlan, ForwardPlan
 
 if TYPE_CHECKING:
     from cuflash.adapters.jax._handler import Block
 
-# Whether XLA may capture a call in a command buffer (a CUDA graph): the backward allocates its workspace, which a
-# capture refuses.
-CAPTURABLE = False
+
+def prepare(text: str) -> int:
+    """Compile and load the kernels of a call for the GPUs of this process; the bytes of workspace that it needs."""
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError as error:
+        raise UnsupportedError(f"JAX finds no GPU here to prepare kernels for ({error})") from error
+    prepared = [_prepared(text.encode(), device.local_hardware_id) for device in devices]
+    return max(each.plan.launches(True).workspace for each in prepared)
 
 
-def run_on_gpu(call: Call, operands: Sequence[Block], results: Sequence[Block], stream: int) -> None:
-    """Launch on XLA's stream; the workspace of the backward comes from CuPy's pool."""
-    cupy = import_cupy()
-    blocks = dict(zip((*call.operands, *call.results), (*operands, *results), strict=True))
-    device = next((_device(cupy, block) for block in operands if block.nbytes), 0)
-    plan = _plan(call, tuple((block.shape, block.dtype.name) for block in operands), device)
-    from cuflash.cuda import launch
+class _Prepared(NamedTuple):
+    """A call on one GPU."""
 
-    addresses = [blocks[name].address if name in blocks else 0 for name in launch.OPERANDS]
-    aligned = all(address % 16 == 0 for address in addresses[: len(launch.TENSORS)])
-    launches = plan.launches(aligned)
-    with cupy.cuda.Device(device), cupy.cuda.Stream.from_external(_Stream(stream)):
-        workspace = cupy.cuda.alloc(launches.workspace) if launches.workspace else None
-        launches.run(stream, tuple(addresses), workspace.ptr if workspace else 0, call.options.seed or 0)
+    call: Call
+    plan: ForwardPlan | BackwardPlan
+    places: tuple[int, ...]  # of OPERANDS: which of XLA's operands and results each is; the last, a null, if none
 
 
-@lru_cache(maxsize=1024)
-def _plan(call: Call, operands: tuple[tuple[tuple[int, ...], str], ...], device: int) -> Any:
-    arrays = {
+@lru_cache(maxsize=4096)
+def _prepared(text: bytes, device: int) -> _Prepared:
+    call, operands = described(text)
+    signatures = {
         name: signature(name, shape, dtype, f"cuda:{device}")
         for name, (shape, dtype) in zip(call.operands, operands, strict=True)
     }
-    return planned(arrays, call.options)
+    given = (*call.operands, *call.results)
+    places = tuple(given.index(name) if name in given else len(given) for name in OPERANDS)
+    return _Prepared(call, plan_of(signatures, call.options), places)
 
 
-class _Stream:
-    """A CUstream as an object of the protocol that CuPy reads."""
-
-    def __init__(self, stream: int) -> None:
-        self._stream = stream
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._stream
-
-
-def _device(cupy: Any, block: Block) -> int:
-    return cupy.cuda.runtime.pointerGetAttributes(block.address).device
+def run_on_gpu(text: bytes, operands: Sequence[Block], results: Sequence[Block], stream: int) -> None:
+    """The operands and results in the order of the call; behind the results the workspace, if there is one."""
+    addresses = [block.address for block in (*operands, *results)]
+    if not any(addresses):
+        return  # all arrays are empty
+    runtime = import_cupy().cuda.runtime
+    device = runtime.pointerGetAttributes(next(filter(None, addresses))).device
+    runtime.setDevice(device)  # a thread of XLA's may have no context yet that a launch could find
+    call, plan, places = _prepared(text, device)
+    given = len(call.operands) + len(call.results)
+    workspace = addresses[given] if len(addresses) > given else 0
+    known = (*addresses[:given], 0)
+    pointers = tuple([known[place] for place in places])
+    if reduce(or_, pointers[: len(TENSORS)]) % 16:
+        raise UnsupportedError("XLA gave a buffer that is not aligned to 16 bytes")
+    plan.launches(True).run(stream, pointers, workspace, call.options.seed or 0)

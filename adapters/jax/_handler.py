@@ -1,8 +1,8 @@
 """How XLA calls cuflash: a handler of XLA's foreign function interface (FFI), written with ctypes.
 
 XLA calls a handler with a call frame, which holds addresses: the operands, the results, the attributes (here one text,
-`call`, see `_call.Call`) and on a GPU the stream. The handler keeps no state between calls. The structures are those of
-`xla/ffi/api/c_api.h`, which jaxlib ships and keeps stable; only their leading fields are declared here.
+`call`, see `_call.described`) and on a GPU the stream. The handler keeps no state between calls. The structures are
+those of `xla/ffi/api/c_api.h`, which jaxlib ships and keeps stable; only their leading fields are declared here.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -20,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import cuflash
 from cuflash.adapters.jax import _gpu
-from cuflash.adapters.jax._call import Call, run
+from cuflash.adapters.jax._call import Call, described
 from cuflash.arrays import dtype_of
 
 _API_MINOR = 4  # the newest minor version of the interface that was tried; XLA serves older ones
@@ -175,11 +177,11 @@ class Block:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-Run = Callable[[Call, Sequence[Block], Sequence[Block], int], None]
+Run = Callable[[bytes, Sequence[Block], Sequence[Block], int], None]
 
 
 def handler(run: Run, *, gpu: bool, capturable: bool) -> Any:
-    """A C function that XLA can call, and which calls `run(call, operands, results, stream)`; keep it alive.
+    """A C function that XLA can call, and which calls `run(text, operands, results, stream)`; keep it alive.
 
     On a GPU `stream` is the CUstream to launch on. `capturable` says that what `run` does may be captured in a command
     buffer (a CUDA graph) and replayed.
@@ -197,11 +199,11 @@ def handler(run: Run, *, gpu: bool, capturable: bool) -> Any:
         if frame.stage != _EXECUTE:
             return None
         try:
-            call = Call.from_text(frame.attributes.values[0].contents.text())
+            text = frame.attributes.values[0].contents.text()
             operands, results = (
                 [Block(side.buffers[i].contents) for i in range(side.size)] for side in (frame.operands, frame.results)
             )
-            run(call, operands, results, _stream(api, frame.context) if gpu else 0)
+            run(text, operands, results, _stream(api, frame.context) if gpu else 0)
         except BaseException as error:  # none may pass through C code
             code = _INVALID_ARGUMENT if isinstance(error, (TypeError, ValueError)) else _INTERNAL
             message = f"{type(error).__name__}: {error}".encode()
@@ -218,10 +220,24 @@ def _stream(api: _Api, context: int) -> int:
     return asked.stream or 0
 
 
-def run_on_cpu(call: Call, operands: Sequence[Block], results: Sequence[Block], stream: int) -> None:
-    """Through NumPy views; XLA's CPU has no stream."""
+def run_on_cpu(text: bytes, operands: Sequence[Block], results: Sequence[Block], stream: int) -> None:
+    """The public functions on NumPy views; XLA's CPU has no stream."""
     finish_at_exit()
-    run(call, [_numpy(block) for block in operands], [_numpy(block) for block in results])
+    call, _ = described(text)
+    arrays = dict(zip(call.operands, map(_numpy, operands), strict=True))
+    targets = [_numpy(block) for block in results]
+    options = asdict(call.options)
+    if call.backward:
+        leading = [arrays.pop(name) for name in ("dout", "q", "k", "v", "out", "lse")]
+        gradients = dict(zip(("dq", "dk", "dv"), targets, strict=False))
+        computed = cuflash.flash_attention_backward(*leading, **arrays, **gradients, **options)
+        computed, targets = computed[3:], targets[3:]  # dsinks: the others are written already
+    else:
+        leading = [arrays.pop(name) for name in ("q", "k", "v")]
+        del options["memory"]
+        computed = cuflash.flash_attention(*leading, **arrays, return_lse=True, **options)
+    for target, value in zip(targets, computed, strict=True):
+        target[...] = value
 
 
 def _numpy(block: Block) -> np.ndarray:
@@ -268,4 +284,4 @@ def _finish() -> None:
 
 
 _ON_CPU = handler(run_on_cpu, gpu=False, capturable=False)
-_ON_GPU = handler(_gpu.run_on_gpu, gpu=True, capturable=_gpu.CAPTURABLE)
+_ON_GPU = handler(_gpu.run_on_gpu, gpu=True, capturable=True)

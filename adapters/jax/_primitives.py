@@ -21,8 +21,8 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cuflash.adapters.jax import _handler
-from cuflash.adapters.jax._call import Call, check, signature
+from cuflash.adapters.jax import _gpu, _handler
+from cuflash.adapters.jax._call import Call, plan_of, results_of, signature
 from cuflash.arrays import Signature, dtype_of
 from cuflash.errors import UnsupportedError
 
@@ -52,7 +52,7 @@ def check_types(call: Call, types: Sequence[Any], device: str = "") -> dict[str,
         name: signature(name, x.shape, x.dtype.name, device or "cpu")
         for name, x in zip(call.operands, types, strict=True)
     }
-    return check(signatures, options)
+    return results_of(plan_of(signatures, options))
 
 
 def result_types(call: Call, *operands: Any) -> tuple[Any, ...]:
@@ -113,14 +113,20 @@ def _lower(device: str, context: Any, *arrays: Any, call: Call) -> Any:
     types = dict(zip(call.operands, context.avals_in, strict=True))
     heads = axes_of(call, "q", types["q"].ndim).index("heads")
     same_heads = types["q"].shape[heads] == types["k"].shape[heads]
-    function = _on_devices(call, tuple(x.ndim for x in types.values()), same_heads)
+    function = _on_devices(call, tuple(x.ndim for x in types.values()), same_heads, device != "cpu")
     return mlir.lower_fun(function, multiple_results=True)(context, *arrays)
 
 
-def _launch(call: Call, *arrays: Any) -> tuple[Any, ...]:
-    """A call on the arrays of one device."""
-    types = result_types(call, *map(jax.typeof, arrays))
-    return tuple(jax.ffi.ffi_call(_handler.target(call), types)(*arrays, call=call.text()))
+def _launch(call: Call, on_gpu: bool, *arrays: Any) -> tuple[Any, ...]:
+    """A call on the arrays of one device. On a GPU its kernels are compiled here, and XLA allocates its workspace."""
+    operands = [jax.typeof(array) for array in arrays]
+    text = call.text(operands)
+    types = result_types(call, *operands)
+    workspace = _gpu.prepare(text) if on_gpu else 0
+    if workspace:
+        sharding = types[0].sharding.update(spec=P(None))
+        types += (types[0].update(shape=(workspace,), dtype=jnp.uint8, sharding=sharding),)
+    return tuple(jax.ffi.ffi_call(_handler.target(call), types)(*arrays, call=text))[: len(call.results)]
 
 
 # ---- vmap --------------------------------------------------------------------------------------------------------
@@ -160,14 +166,14 @@ def _batched(primitive: Primitive, arrays: Sequence[Any], dims: Sequence[Any], *
             x = jnp.moveaxis(x, 0, place + spread)
             x = x.reshape(*x.shape[:place], x.shape[place] * x.shape[place + 1], *x.shape[place + 2 :])
         folded.append(x)
-    results, dims_out = [], []
-    for name, x in zip(call.results, primitive.bind(*folded, call=call), strict=True):
-        place = axes_of(call, name, x.ndim).index(into)
-        length = x.shape[place] // size if size else 0
-        pair = (length, size) if spread else (size, length)
-        results.append(x.reshape(*x.shape[:place], *pair, *x.shape[place + 1 :]))
-        dims_out.append(place + spread)
-    return results, dims_out
+    single = [jax.ShapeDtypeStruct(x.shape[x.ndim - rank :], x.dtype) for x, rank in zip(arrays, ranks, strict=True)]
+    shapes = {name: found.shape for name, found in check_types(call, single).items()}
+    places = [axes_of(call, name, len(shapes[name])).index(into) + spread for name in call.results]
+    results = [
+        x.reshape(*shapes[name][:place], size, *shapes[name][place:])
+        for name, place, x in zip(call.results, places, primitive.bind(*folded, call=call), strict=True)
+    ]
+    return results, places
 
 
 def _with_whole_first_axis(x: Any) -> Any:
@@ -229,7 +235,7 @@ def _devices(mesh: Any, axes: Any) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def _partition(call: Call, mesh: Any, operands: Sequence[Any], results: Sequence[Any]) -> tuple[Any, ...]:
+def _partition(call: Call, on_gpu: bool, mesh: Any, operands: Sequence[Any], results: Sequence[Any]) -> tuple[Any, ...]:
     """What each device computes, and how operands and results lie: the answer to XLA's partitioner."""
     spread = _spread(call, mesh, operands)
 
@@ -237,20 +243,20 @@ def _partition(call: Call, mesh: Any, operands: Sequence[Any], results: Sequence
         pairs = zip(names, arrays, strict=True)
         return tuple(NamedSharding(mesh, spread.spec(call, name, x.ndim)) for name, x in pairs)
 
-    return mesh, partial(_part, call, spread), lie(call.results, results), lie(call.operands, operands)
+    return mesh, partial(_part, call, on_gpu, spread), lie(call.results, results), lie(call.operands, operands)
 
 
-def _part(call: Call, spread: _Spread, *arrays: Any) -> tuple[Any, ...]:
+def _part(call: Call, on_gpu: bool, spread: _Spread, *arrays: Any) -> tuple[Any, ...]:
     """One device's part of a call, on its parts of the arrays."""
     whole = dict(zip(call.operands, arrays, strict=True))
     if spread.devices_per_kv_head == 1:
-        parts = dict(zip(call.results, _launch(call, *arrays), strict=True))
+        parts = dict(zip(call.results, _launch(call, on_gpu, *arrays), strict=True))
     else:
         axis = axes_of(call, "k", whole["k"].ndim).index("heads")
         head = jax.lax.axis_index(spread.heads) // spread.devices_per_kv_head
         own = {name: jax.lax.dynamic_slice_in_dim(whole[name], head, 1, axis) for name in ("k", "v")}
-        parts = dict(zip(call.results, _launch(call, *(whole | own).values()), strict=True))
-        for name in {"dk", "dv"} & parts.keys():
+        parts = dict(zip(call.results, _launch(call, on_gpu, *(whole | own).values()), strict=True))
+        for name in ("dk", "dv") if call.backward else ():
             zeros = jnp.zeros_like(whole[name.removeprefix("d")])
             parts[name] = jax.lax.dynamic_update_slice_in_dim(zeros, parts[name], head, axis)
             parts[name] = jax.lax.psum(parts[name], spread.heads)
@@ -260,7 +266,7 @@ def _part(call: Call, spread: _Spread, *arrays: Any) -> tuple[Any, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _on_devices(call: Call, ranks: tuple[int, ...], same_heads: bool) -> Any:
+def _on_devices(call: Call, ranks: tuple[int, ...], same_heads: bool, on_gpu: bool) -> Any:
     """A function of a call's whole arrays that XLA spreads over the devices they are on.
 
     The rule says which axes have the same sharding: one letter (factor) each for batch, heads and those of k and v,
@@ -283,11 +289,11 @@ def _on_devices(call: Call, ranks: tuple[int, ...], same_heads: bool) -> Any:
     gathered = set("bhgstden" if call.options.dropout_p > 0 else "stden") & set(rule)
 
     def infer(mesh: Any, operands: Sequence[Any], results: Sequence[Any]) -> Any:
-        return _partition(call, mesh, operands, results)[2]
+        return _partition(call, on_gpu, mesh, operands, results)[2]
 
-    spread = custom_partitioning(partial(_launch, call))
+    spread = custom_partitioning(partial(_launch, call, on_gpu))
     spread.def_partition(
-        partial(_partition, call),
+        partial(_partition, call, on_gpu),
         infer_sharding_from_operands=infer,
         sharding_rule=rule,
         need_replication_factors=tuple(sorted(gathered, key=rule.index)),

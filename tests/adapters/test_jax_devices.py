@@ -24,7 +24,8 @@ import jax.numpy as jnp  # noqa: E402
 from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
-from cuflash.adapters.jax import flash_attention  # noqa: E402
+from cuflash.adapters.jax import _gpu, flash_attention  # noqa: E402
+from cuflash.adapters.jax._call import described  # noqa: E402
 
 BATCH, Q_LEN, KV_LEN, HEADS, DIM = 4, 24, 32, 4, 16
 
@@ -155,6 +156,27 @@ def test_vmap_over_sharded_arrays(make_mesh: MakeMesh, spec: P, sinks: bool, kin
         expected = expected_gradients({name: x[i] for name, x in examples.items()})
         for name, gradient in gradients.items():
             np.testing.assert_allclose(np.asarray(gradient)[i], expected[name], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False, None], ids=["shard_map", "shard_map, unchecked", "jit"])
+def test_a_gpu_gets_its_workspace_from_xla(monkeypatch: pytest.MonkeyPatch, check_vma: bool | None):
+    """What is lowered for a GPU has a result more; that needs no GPU where its size is known."""
+    monkeypatch.setattr(_gpu, "prepare", lambda text: 4096 if described(text)[0].backward else 0)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=jax.devices("cpu")[:4])
+    function = jax.grad(loss)
+    if check_vma is not None:
+        rows = P("data", None, "model")
+        specs = {"q": rows, "k": rows, "v": rows, "sinks": P("model")}
+        total = jax.shard_map(
+            lambda given: jax.lax.psum(loss(given), ("data", "model")),
+            mesh=mesh, in_specs=(specs,), out_specs=P(), check_vma=check_vma,
+        )  # fmt: skip
+        function = jax.grad(total)
+    given = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in attention_arrays().items()}
+    text = jax.jit(function).trace(given).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "@cuflash_" in line]
+    assert len(calls) == 2
+    assert [line.count("tensor<4096xui8>") for line in calls] == [0, 1]
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
