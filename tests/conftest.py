@@ -8,6 +8,7 @@ import time
 # The suite multiplies many small matrices. On a busy machine BLAS threads that wait for each other made it three times
 # slower; this must be said before NumPy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's
 
 import pytest
 from hypothesis import settings
