@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Deselect the tests marked `gpu` unless the `-m` expression speaks of them."""
     if "gpu" in (config.getoption("-m") or ""):
         return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    gpu = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("gpu_adapter")]
     if gpu:
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if item not in set(gpu)]

@@ -29,7 +29,7 @@ CUDA = Backend(
     array=partial(_on, "cuda"),
     numpy=np.asarray,
     dtypes=("float16", "bfloat16", "float32"),
-    marks=(pytest.mark.gpu,),
+    marks=(pytest.mark.gpu_adapter,),
     forced_arch="",  # the GPU's own
     arithmetic=tensor_core_error,
 )

@@ -32,7 +32,7 @@ BATCH, Q_LEN, KV_LEN, HEADS, DIM = 4, 24, 32, 4, 16
 MakeMesh = Callable[..., Any]
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu_adapter)])
 def make_mesh(request: pytest.FixtureRequest) -> MakeMesh:
     def make(data: int, model: int, kind: AxisType = AxisType.Auto) -> Any:
         devices = jax.devices(request.param)

@@ -259,7 +259,7 @@ def test_attention_fn_takes_any_batch_axes_and_a_dtype():
 
 @pytest.mark.parametrize(
     ("platform", "dtype", "allowed"),
-    [("cpu", "float32", 1e-5), pytest.param("cuda", "bfloat16", 0.05, marks=pytest.mark.gpu)],
+    [("cpu", "float32", 1e-5), pytest.param("cuda", "bfloat16", 0.05, marks=pytest.mark.gpu_adapter)],
 )
 def test_fifty_steps_of_a_gpt_like_with_jax_nn(platform: str, dtype: str, allowed: float):
     """The losses differ by the rounding of attention alone; the model learns."""

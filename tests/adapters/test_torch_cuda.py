@@ -13,7 +13,7 @@ import cuflash
 torch = pytest.importorskip("torch")
 adapter = pytest.importorskip("cuflash.adapters.torch")
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu_adapter
 SHAPE = (2, 256, 8, 64)
 
 

@@ -247,7 +247,7 @@ def test_a_name_with_flash_is_refused():
         adapter.register("cuflash")
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu_adapter
 def test_a_llama_at_4096_tokens():
     """Eight layers, a padded batch: the errors of logits and gradients against the model in float64."""
     sizes = SIZES | {"hidden_size": 256, "num_hidden_layers": 8, "max_position_embeddings": 4096}

@@ -224,7 +224,7 @@ def _torch(device: str, *, autograd: bool) -> Backend:
         forward=autograd_forward if autograd else cuflash.flash_attention,
         backward=autograd_backward if autograd else cuflash.flash_attention_backward,
         dtypes=("float16", "bfloat16", "float32") if gpu else tuple(DTYPES),
-        marks=(pytest.mark.gpu,) if gpu else (),
+        marks=(pytest.mark.gpu_adapter,) if gpu else (),
         memory=torch_memory,
         adapter=True,
         forced_arch="" if gpu else None,
