@@ -125,9 +125,9 @@ def flash_attention(
             backend=backend,
         )
     check_flag("return_lse", return_lse)
-    inputs = _operands(plans.INPUTS, (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k), 3)
+    inputs, signatures = _inputs(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
     plan: ForwardPlan = plans.forward(
-        *[None if array is None else arrays.signature(array) for array in inputs],
+        *signatures,
         *(causal, window_size, scale, softcap, dropout_p, seed is not None, deterministic, allow_tf32, layout, backend),
     )
     seed = plans.checked_seed(seed)
@@ -229,9 +229,10 @@ def flash_attention_backward(
             memory=memory,
         )
     others = _operands(("dout", "out", "lse", "dlse", "dq", "dk", "dv"), (dout, out, lse, dlse, dq, dk, dv), 3)
-    inputs = _operands(plans.INPUTS, (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k), 3)
+    inputs, signatures = _inputs(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
     plan: BackwardPlan = plans.backward(
-        *[None if array is None else arrays.signature(array) for array in (*others, *inputs)],
+        *[None if array is None else arrays.signature(array) for array in others],
+        *signatures,
         *(accumulate, memory, causal, window_size, scale, softcap, dropout_p, seed is not None, deterministic),
         *(allow_tf32, layout, backend),
     )
@@ -274,6 +275,19 @@ def _adapter(q: Any) -> Any:
 
         return cuflash.adapters.jax
     return None
+
+
+def _inputs(
+    q: Any, k: Any, v: Any, alibi_slopes: Any, sinks: Any, cu_seqlens_q: Any, cu_seqlens_k: Any
+) -> tuple[Sequence[Any], Sequence[Signature | None]]:
+    """The inputs of a call as a backend takes them, and their signatures."""
+    native = arrays.NATIVE
+    alone = alibi_slopes is None and sinks is None and cu_seqlens_q is None and cu_seqlens_k is None
+    if alone and type(q) in native and type(k) in native and type(v) in native:  # the usual call, at once
+        signatures = (arrays.signature(q), arrays.signature(k), arrays.signature(v))
+        return (q, k, v, None, None, None, None), (*signatures, None, None, None, None)
+    inputs = _operands(plans.INPUTS, (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k), 3)
+    return inputs, [None if array is None else arrays.signature(array) for array in inputs]
 
 
 def _operands(names: Sequence[str], given: Sequence[Any], required: int) -> list[Any]:

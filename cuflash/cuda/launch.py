@@ -126,7 +126,10 @@ class _Launch:
         self._free: list[_Arguments] = []  # several threads may run a Plan at a time
 
     def run(self, gpu: _Gpu, stream: int, pointers: Sequence[int], workspace: int, seed: int) -> None:
-        arguments = self._free.pop() if self._free else self._new()
+        try:
+            arguments = self._free.pop()
+        except IndexError:
+            arguments = self._new()
         wanted = (pointers, workspace, seed)
         if arguments.filled != wanted:
             words = arguments.words
@@ -248,13 +251,10 @@ def plan(
         if blocks:
             section_heads = _section_heads(name, problem, device, q_tiles)
             params = _params(problem, kernel.tile, layouts, q_tiles, section_heads, accumulate)
-            maps = [
-                (
-                    array,
-                    tensor_map.encode(layouts[array], side if isinstance(side, int) else getattr(kernel.tile, side)),
-                )
-                for array, side in _MAPPED.get(name, ())
-            ]
+            maps = []
+            for array, side in _MAPPED.get(name, ()):
+                copied_rows = side if isinstance(side, int) else getattr(kernel.tile, side)
+                maps += [(array, tensor_map.encode(layouts[array], copied_rows))]
             launches.append(_Launch(kernel, blocks, params, layouts, parts, maps))
     return Plan(device, launches, end, (parts["dq_sum"], end) if "dq_sum" in parts else (0, 0))
 
@@ -270,10 +270,16 @@ def forward(plan: ForwardPlan, inputs: Sequence[Any], seed: int, with_lse: bool)
             return forward(plan, inputs, seed, with_lse)
     out = gpu.ndarray(plan.out.shape, dtype_of(plan.out.dtype))
     lse = gpu.ndarray(plan.lse.shape, dtype_of(plan.lse.dtype)) if with_lse else None
-    q, k, v, *extras = inputs
+    q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k = inputs
     q_, k_, v_, out_ = q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr
-    lse_ = 0 if lse is None else lse.data.ptr
-    pointers = (q_, k_, v_, out_, 0, 0, 0, 0, lse_, 0, 0, *[0 if x is None else x.data.ptr for x in extras])
+    pointers = (
+        *(q_, k_, v_, out_, 0, 0, 0, 0),
+        *(0 if lse is None else lse.data.ptr, 0, 0),
+        0 if alibi_slopes is None else alibi_slopes.data.ptr,
+        0 if sinks is None else sinks.data.ptr,
+        0 if cu_seqlens_q is None else cu_seqlens_q.data.ptr,
+        0 if cu_seqlens_k is None else cu_seqlens_k.data.ptr,
+    )
     plan.launches((q_ | k_ | v_ | out_) % 16 == 0)._run(gpu, gpu.stream().ptr, pointers, 0, seed)
     return out, lse
 

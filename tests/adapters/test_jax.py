@@ -68,7 +68,9 @@ def on_numpy(arrays: Arrays, dout: np.ndarray, dlse: np.ndarray | None, **option
 def assert_close(actual: Any, expected: np.ndarray) -> None:
     assert isinstance(actual, jax.Array)
     assert actual.dtype == expected.dtype
-    np.testing.assert_allclose(np.asarray(actual), expected, rtol=2e-5, atol=2e-5)
+    # Either result has float32's rounding of sums as large as the largest element.
+    largest = np.abs(expected[np.isfinite(expected)]).max(initial=1)
+    np.testing.assert_allclose(np.asarray(actual), expected, rtol=2e-5, atol=2e-5 * largest)
 
 
 def primitives(jaxpr: Any) -> list[str]:
