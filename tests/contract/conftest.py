@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -51,24 +52,29 @@ def compiled(request: pytest.FixtureRequest) -> None:
     from cuflash.cuda import toolchain
     from cuflash.cuda.precompile import precompile
 
-    cases: dict[tuple[Any, Case], None] = {}
-    for item in request.session.items:
+    jobs = []
+    with pytest.MonkeyPatch.context() as patch:
+        for arch, case in cases_on_gpu(request.session.items):
+            patch.setenv("CUFLASH_FORCE_ARCH", arch)
+            jobs += needed_jobs(case, toolchain.device_target(0))
+    outcome = precompile(jobs)
+    assert not outcome.failed, outcome.failed[0]
+
+
+def cases_on_gpu(items: Iterable[Any]) -> list[tuple[str, Case]]:
+    """What collected tests run on a GPU: architectures to force and cases, each pair once."""
+    pairs: dict[tuple[str, Case], None] = {}
+    for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         backend, case = parameters.get("backend"), parameters.get("prepared")
         if backend is None or backend.forced_arch is None:
             continue
-        if case is not None:
-            cases[backend, case] = None
-        else:
-            for dtype, fields in product(backend.dtypes, getattr(item.module, "OTHER_CASES", ())):
-                cases[backend, Case(name="", dtype=dtype, **fields)] = None
-    jobs = []
-    with pytest.MonkeyPatch.context() as patch:
-        for backend, case in cases:
-            patch.setenv("CUFLASH_FORCE_ARCH", backend.forced_arch)
-            jobs += needed_jobs(case, toolchain.device_target(0))
-    outcome = precompile(jobs)
-    assert not outcome.failed, outcome.failed[0]
+        cases = [case]
+        if case is None:
+            others = product(backend.dtypes, getattr(item.module, "OTHER_CASES", ()))
+            cases = [Case(name="", dtype=dtype, **fields) for dtype, fields in others]
+        pairs |= {(backend.forced_arch, case): None for case in cases}
+    return list(pairs)
 
 
 def needed_jobs(case: Case, target: Any) -> list[Any]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from cuflash.cuda.toolchain import Target
+from tests.contract import test_contract
+from tests.contract.backends import BACKENDS
 from tests.contract.cases import CASES, DTYPES, EDGES, OPTIONS, Case, lay_out, make_inputs, pairwise
+from tests.contract.conftest import cases_on_gpu, needed_jobs
 
 
 def has(case: Case, fields: dict) -> bool:
@@ -40,6 +45,26 @@ def test_pairwise_is_the_same_on_every_run():
     small = pairwise({"a": [1, 2], "b": [3, 4], "c": [5, 6]}, 0)
     assert {(row["a"], row["b"]) for row in small} == {(1, 3), (1, 4), (2, 3), (2, 4)}
     assert len(small) < 8
+
+
+def test_what_tests_on_a_gpu_need_is_known_ahead():
+    """As pytest collects them there: the kernels of every case, and of those that single tests make."""
+    items = [
+        SimpleNamespace(callspec=SimpleNamespace(params={"backend": backend, **more}), module=test_contract)
+        for backend in BACKENDS
+        for more in ({}, *({"prepared": case} for case in CASES if case.dtype in backend.dtypes))
+    ]
+    pairs = cases_on_gpu([*items, SimpleNamespace(module=test_contract)])
+    assert len(pairs) == len(set(pairs))
+    assert {arch for arch, _ in pairs} == {"", "sm_80", "sm_75"}
+    named = {case.name for _, case in pairs}
+    assert named == {case.name for case in CASES if case.dtype != "float64"} | {""}
+    for arch, case in pairs:
+        jobs = needed_jobs(case, Target("sm_90a", {"": 900, "sm_80": 800, "sm_75": 750}[arch]))
+        kernels = {name for name, *_ in jobs}
+        assert any(name.startswith("forward") for name in kernels)
+        assert any(name.startswith("backward") for name in kernels)
+        assert arch == "" or not any("hopper" in name for name in kernels)
 
 
 def test_inputs_are_the_same_on_every_run():
