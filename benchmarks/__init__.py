@@ -1,1 +1,1 @@
-"""Benchmarks against peers, run from a checkout: `python -m benchmarks.peers`."""
+"""`python -m benchmarks` is `cuflash bench`, from a checkout; the folder `results` holds what it measured."""

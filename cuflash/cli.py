@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import cuflash
+from cuflash.bench.workloads import SUITES
 from cuflash.cuda.toolchain import ARCHS
 from cuflash.demo import compilation
 from cuflash.errors import UnsupportedError
@@ -141,27 +142,42 @@ def _run_compile(arguments: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: Any) -> None:
-    parser = commands.add_parser("bench", help="forward and backward time against standard attention")
-    parser.add_argument("--lengths", type=_positive, nargs="+", default=[512, 1_024, 2_048], metavar="N", help="tokens")
-    parser.add_argument("--heads", type=_positive, default=4, metavar="N")
-    parser.add_argument("--head-dim", type=_positive, default=64, metavar="N")
-    parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="rounds whose median is taken")
-    parser.add_argument("--json", metavar="PATH", help="also write the results here")
+    parser = commands.add_parser(
+        "bench",
+        help="speed, memory and host cost beside every peer found here",
+        description="Measures attention beside every peer found on this machine, interleaved in one process, results "
+        "verified first. Without a GPU a reduced form runs on the NumPy backend.",
+    )
+    parser.add_argument(
+        "--suite",
+        choices=tuple(SUITES),
+        nargs="+",
+        default=(),
+        help="what to measure (default: everything; nothing where only --plots or --update-readme is given)",
+    )
+    parser.add_argument(
+        "--json", default="benchmarks/results", metavar="FOLDER", help="folder of the results (default: %(default)s)"
+    )
+    parser.add_argument("--plots", action="store_true", help="draw every table of the folder, beside its JSON")
+    parser.add_argument(
+        "--update-readme",
+        action="store_true",
+        help="rewrite the section on speed of ./README.md, and its plots, from the GPU results in the folder",
+    )
     _add_device(parser)
     parser.set_defaults(run=_run_bench)
 
 
 def _run_bench(arguments: argparse.Namespace) -> int:
-    from cuflash.demo import bench
+    from cuflash.bench import command
 
-    return bench.run(
-        bench.Settings(
-            lengths=tuple(arguments.lengths),
-            heads=arguments.heads,
-            head_dim=arguments.head_dim,
-            repeats=arguments.repeats,
-            device=arguments.device,
+    return command.run(
+        command.Settings(
+            suites=tuple(dict.fromkeys(arguments.suite)),
             json=arguments.json,
+            plots=arguments.plots,
+            update_readme=arguments.update_readme,
+            device=arguments.device,
         )
     )
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import cuflash
 from cuflash.cuda.precompile import Job, jobs_of, precompile
 from cuflash.cuda.toolchain import ARCHS, Target, capability_target
 from cuflash.demo.driver import driver
+from cuflash.demo.progress import progress
 from cuflash.errors import UnsupportedError
 from cuflash.spec import Spec
 
@@ -70,12 +70,12 @@ def run(settings: Settings) -> int:
     finished = 0
     output = None if settings.output is None else Path(settings.output)
     try:
-        with _progress(len(jobs)) as show:
+        with progress(len(jobs), "compiling") as show:
 
             def count(done: int, _: int, job: Job) -> None:
                 nonlocal finished
                 finished = done
-                show(done, job)
+                show(done, _label(job))
 
             result = precompile(jobs, output, settings.workers, count)
     except KeyboardInterrupt:
@@ -124,21 +124,6 @@ def _vector(spec: Spec) -> int:
     element_bytes = 4 if spec.dtype == "float32" else 2
     aligned = all(dim * element_bytes % 16 == 0 for dim in (spec.head_dim, spec.head_dim_v))
     return 16 if aligned else element_bytes
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int, Job], None]]:
-    """What to call after each job: a bar where rich is installed, else lines, both on stderr."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    except ImportError:
-        yield lambda done, job: print(f"{done}/{total} {_label(job)}", file=sys.stderr, flush=True)
-        return
-    columns = (BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True, highlight=False)) as bar:
-        task = bar.add_task("compiling", total=total)
-        yield lambda done, job: bar.update(task, completed=done, description=_label(job))
 
 
 def _label(job: Job) -> str:

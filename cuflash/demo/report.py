@@ -64,7 +64,7 @@ def _draw_memory(axes: Axes, report: dict[str, Any]) -> None:
     lengths = sorted({point["length"] for point in points})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(lengths, [_tokens(length) for length in lengths])
+    axes.set_xticks(lengths, [format_tokens(length) for length in lengths])
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda mebibytes, _: format_bytes(mebibytes * 2**20))
     axes.set_xlabel(f"tokens  ({memory['heads']} heads of {memory['head_dim']}, {memory['dtype']}, causal)")
@@ -106,7 +106,8 @@ def _say_not_measured(axes: Axes) -> None:
     axes.set_yticks([])
 
 
-def _tokens(length: int) -> str:
+def format_tokens(length: int) -> str:
+    """A length for people: 512, 64K."""
     return f"{length // 1024}K" if length % 1024 == 0 else str(length)
 
 

@@ -1,0 +1,217 @@
+"""Measuring one problem: the contestants that can do it, verified, and then the quantity of its table."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cuflash.bench import verify
+from cuflash.bench.contestant import Contestant
+from cuflash.bench.device import Cpu, Gpu
+from cuflash.bench.peers import OURS, Peer
+from cuflash.bench.verify import WrongResult
+from cuflash.bench.results import OUT_OF_MEMORY, WRONG
+from cuflash.bench.workloads import Table, Workload
+
+PATIENCE = 20.0  # seconds that one call of a peer may be foreseen to take
+BUDGET = 4.0  # seconds for the rounds of one problem; slow problems get fewer, at least one
+_HOST_CALLS, _HOST_ROUNDS, _HOST_WARM_UP = 200, 15, 2
+
+# The first forward and backward of a process, the device being ready before.
+_START = """
+import sys, time
+import numpy as np
+if sys.argv[1] == "gpu":
+    import cupy as xp
+else:
+    xp = np
+x = xp.asarray(np.random.default_rng(0).standard_normal([int(size) for size in sys.argv[2:]]).astype(np.float16))
+begin = time.perf_counter()
+import cuflash
+out, lse = cuflash.flash_attention(x, x, x, causal=True, return_lse=True)
+cuflash.flash_attention_backward(out, x, x, x, out, lse, causal=True)
+if xp is not np:
+    xp.cuda.Device().synchronize()
+print(time.perf_counter() - begin)
+"""
+
+
+class Meter:
+    """Measures problems on one device beside the peers; remembers how fast they were, to foresee what takes too long."""
+
+    def __init__(self, device: Cpu | Gpu, peers: Sequence[Peer]) -> None:
+        self.device = device
+        obstacles = {peer.name: peer.obstacle(device.on_gpu) for peer in peers}
+        self.peers = [peer for peer in peers if not obstacles[peer.name]]
+        self.missing = {name: obstacle for name, obstacle in obstacles.items() if obstacle}  # on this machine
+        self._seconds_per_flop: dict[tuple[str, str], float] = {}
+
+    def row(self, table: Table, workload: Workload) -> dict[str, Any]:
+        """The row of results: the problem, a number for each contestant, why others have none, and the largest errors
+        of the sampled rows against float64.
+
+        A contestant with a wrong result is not timed: its reason begins with WRONG.
+        """
+        if table.quantity == "start":
+            return {**workload.cell, **_start(self.device, workload), "missing": {}, "errors": {}}
+        missing: dict[str, str] = {}
+        errors: dict[str, float] = {}
+        peaks: dict[str, float] = {}
+        contestants = self._verified(table, workload, missing, errors, peaks)
+        values: Mapping[str, float] = peaks
+        if table.quantity == "host":
+            values = self._host_microseconds(contestants)
+        elif table.quantity != "memory":
+            seconds = self._medians(contestants)
+            work = workload.flops / 1e12 if table.quantity == "speed" else self._cache_bytes(workload) / 1e9
+            values = {name: work / elapsed for name, elapsed in seconds.items()}
+        contestants.clear()
+        self.device.release()
+        rounded = {name: float(f"{value:.4g}") for name, value in values.items()}
+        return {**workload.cell, **rounded, "missing": missing, "errors": errors}
+
+    def _verified(
+        self,
+        table: Table,
+        workload: Workload,
+        missing: dict[str, str],
+        errors: dict[str, float],
+        peaks: dict[str, float],
+    ) -> dict[str, Contestant]:
+        """The contestants whose results hold. Their first call, which is verified, is also the one whose memory is
+        measured: at great lengths every call takes long."""
+        inputs = self.device.draw(workload)
+        exact = verify.exact_rows(workload, inputs)
+        contestants: dict[str, Contestant] = {}
+        ours: list[Any] = []
+        for peer in self.peers:
+            if peer.quantity not in (None, table.quantity):
+                continue
+            try:
+                if reason := peer.refuses(workload):
+                    raise NotImplementedError(reason)
+                self._foresee(table, peer.name, workload)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch explains by warnings what its error says
+                    contestant = peer.prepare(workload, inputs)
+                    if table.quantity == "memory" and contestant.peak is None:
+                        raise NotImplementedError("its memory is not measured")
+                    results = self._first_call(table, peer.name, workload, contestant, peaks)
+                results = [contestant.native(x) for x in results]
+                ours = ours or results
+                errors[peer.name] = float(f"{verify.check(peer.name, results, ours, exact):.3g}")
+                contestants[peer.name] = contestant
+            except WrongResult as error:
+                missing[peer.name] = f"{WRONG}: {error}"
+                peaks.pop(peer.name, None)
+            except (
+                ArithmeticError,
+                AssertionError,
+                ImportError,
+                MemoryError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+            ) as error:
+                if peer.name == OURS and not isinstance(error, NotImplementedError):
+                    raise
+                missing[peer.name] = _reason(error)
+            results = []
+            if table.quantity == "memory":
+                contestants.pop(peer.name, None)
+            self.device.release()
+        return contestants
+
+    def _first_call(
+        self, table: Table, name: str, workload: Workload, contestant: Contestant, peaks: dict[str, float]
+    ) -> Sequence[Any]:
+        with contestant.scope():
+            if table.quantity != "memory" or (table.name, name) not in self._seconds_per_flop:
+                contestant.call()  # compiles
+                self.device.synchronize()
+                self.device.release()
+            begin = time.perf_counter()
+            if table.quantity == "memory" and contestant.peak is not None:
+                held, results = contestant.peak()
+                peaks[name] = held / 2**20
+            else:
+                results = contestant.call()
+        if contestant.wait is not None:
+            contestant.wait(results)
+        self.device.synchronize()
+        self._seconds_per_flop[table.name, name] = (time.perf_counter() - begin) / workload.flops
+        return results
+
+    def _foresee(self, table: Table, name: str, workload: Workload) -> None:
+        seconds = self._seconds_per_flop.get((table.name, name), 0.0) * workload.flops
+        if seconds > PATIENCE:
+            raise NotImplementedError(f"too long, about {seconds:.0f} s a call")
+
+    def _medians(self, contestants: Mapping[str, Contestant]) -> dict[str, float]:
+        """Seconds of a call of each: medians of interleaved rounds, after those that warm up."""
+        device = self.device
+        once = {name: device.seconds(contestant, 1) for name, contestant in contestants.items()}
+        repeats = {name: max(1, round(device.burst / seconds)) for name, seconds in once.items()}
+        a_round = sum(once[name] * repeats[name] for name in once)
+        rounds = max(1, min(device.warm_up + device.rounds, int(BUDGET / a_round)))
+        warm_up = min(device.warm_up, rounds - 1)
+        times: dict[str, list[float]] = {name: [] for name in contestants}
+        for _ in range(rounds):
+            for name, contestant in contestants.items():
+                times[name].append(device.seconds(contestant, repeats[name]))
+        return {name: statistics.median(found[warm_up:]) for name, found in times.items()}
+
+    def _host_microseconds(self, contestants: Mapping[str, Contestant]) -> dict[str, float]:
+        """What a call takes the host: medians of interleaved rounds of many calls, the device not waited for."""
+        times: dict[str, list[float]] = {name: [] for name in contestants}
+        calls = _HOST_CALLS if self.device.on_gpu else 1  # a CPU does the work itself
+        for _ in range(_HOST_WARM_UP + _HOST_ROUNDS):
+            for name, contestant in contestants.items():
+                with contestant.scope():
+                    self.device.synchronize()
+                    results = None
+                    begin = time.perf_counter()
+                    for _ in range(calls):
+                        results = contestant.call()
+                    if not self.device.on_gpu and contestant.wait is not None:
+                        contestant.wait(results)
+                    times[name].append((time.perf_counter() - begin) / calls * 1e6)
+        return {name: statistics.median(found[_HOST_WARM_UP:]) for name, found in times.items()}
+
+    def _cache_bytes(self, workload: Workload) -> float:
+        """Of keys and values."""
+        itemsize = 2 if self.device.on_gpu else 4
+        return 2.0 * workload.batch * workload.length * workload.kv_heads * workload.head_dim * itemsize
+
+
+def _start(device: Cpu | Gpu, workload: Workload) -> dict[str, float]:
+    """Seconds of a process's first forward and backward, importing cuflash included: without and with its kernels in
+    the cache on disk."""
+    shape = [str(size) for size in workload.shapes[0]]
+    command = [sys.executable, "-c", _START, "gpu" if device.on_gpu else "cpu", *shape]
+    with tempfile.TemporaryDirectory() as cache:
+        found = []
+        for _ in range(2):
+            environment = {**os.environ, "CUFLASH_CACHE_DIR": cache}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"a fresh process failed: {done.stderr.strip().splitlines()[-1]}")
+            found.append(round(float(done.stdout), 4))
+    return {"empty cache": found[0], "filled cache": found[1]}
+
+
+def _reason(error: Exception) -> str:
+    """An error as a reason, at most 200 characters: torch's are long. Lack of memory always begins alike."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+        text = f"{OUT_OF_MEMORY}: {text}"
+    return text if len(text) <= 200 else text[:197] + "..."
