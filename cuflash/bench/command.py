@@ -61,9 +61,8 @@ def _measure(suites: tuple[str, ...], folder: Path, device_name: str) -> int:
     print(f"{device.name}, {device.dtype}")
     if not device.on_gpu:
         reason = "asked for" if device_name == "cpu" else machine.gpu_obstacle()
-        print(
-            f"On the CPU ({reason}): NumPy's backend, small problems, NumPy and torch on one thread.\nThese numbers say nothing of a GPU."
-        )
+        print(f"On the CPU ({reason}): the NumPy backend in a reduced form, NumPy and torch on one thread.")
+        print("These numbers say nothing of a GPU.")
     meter = Meter(device, PEERS)
     for name, reason in meter.missing.items():
         print(f"left out: {name}: {reason}")
@@ -79,7 +78,7 @@ def _measure(suites: tuple[str, ...], folder: Path, device_name: str) -> int:
             for workload in table.workloads:
                 row = meter.row(table, workload)
                 record["rows"].append(row)
-                path = results.write(record, folder)
+                results.write(record, folder)
                 print(_line(row, table.quantity, ceiling), flush=True)
                 for missing in row["missing"].items():
                     if missing not in reasons:
@@ -90,7 +89,7 @@ def _measure(suites: tuple[str, ...], folder: Path, device_name: str) -> int:
                         print(f"{results.problem(row)}: {missing[0]}: {missing[1]}", file=sys.stderr)
                 done += 1
                 show(done, table.name)
-            print(f"wrote {path}")
+            print(f"wrote {results.path_of(folder, record)}")
     return wrong
 
 

@@ -81,7 +81,7 @@ class Cpu:
 
 
 class Gpu:
-    """CuPy's arrays in bfloat16 (float16 before CuPy 14), timed by events with the L2 cache flushed before each call."""
+    """CuPy's arrays in bfloat16, float16 before CuPy 14; timed by events, the L2 cache flushed before each call."""
 
     on_gpu = True
     burst, rounds, warm_up = 0.01, 7, 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -13,7 +14,7 @@ from cuflash.bench.results import OUT_OF_MEMORY, contestants
 from cuflash.bench.workloads import UNITS
 from cuflash.demo.report import format_bytes, format_tokens
 
-_COLOURS = dict(zip((peer.name for peer in PEERS), ["#00798c", *(f"C{i}" for i in range(1, len(PEERS)))], strict=True))
+_COLOURS = {peer.name: colormaps["tab20"](index) for index, peer in enumerate(PEERS)} | {OURS: "#00798c"}
 _COLUMNS = 3
 
 
@@ -32,15 +33,16 @@ def draw(record: dict[str, Any]) -> Figure:
     rows = record["rows"]
     keys = list(dict.fromkeys(_panel(row) for row in rows))
     columns = min(_COLUMNS, len(keys))
-    lines = -(-len(keys) // columns)
-    figure = Figure(figsize=(max(6.0, 4.2 * columns), 3.4 * lines + 0.4), dpi=100, layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    rows_of_panels = -(-len(keys) // columns)
+    figure = Figure(figsize=(max(6.0, 4.2 * columns), 3.4 * rows_of_panels + 0.6), dpi=100, layout="constrained")
+    panels = figure.subplots(rows_of_panels, columns, squeeze=False).ravel()
     # Full and causal one above the other: the masks are the outer order.
     for panel, key in zip(panels, sorted(keys, key=lambda key: (key[1], key[0], key[2])), strict=False):
         _draw_panel(panel, record["unit"], key, [row for row in rows if _panel(row) == key])
     for panel in panels[len(keys) :]:
         panel.set_axis_off()
-    panels[0].legend(frameon=False, fontsize="small")
+    lines = {line.get_label(): line for panel in panels for line in panel.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     what = "peak memory" if record["unit"] == UNITS["memory"] else record["unit"]
     device = record["gpu"] or record["cpu"]
     figure.suptitle(f"{record['table'].replace('_', ', ')}: {what}, {device}, {record['date']}")
@@ -74,7 +76,7 @@ def _draw_panel(axes: Axes, unit: str, key: tuple[int, bool, int], rows: list[di
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [format_tokens(length) for length in lengths])
     if unit == UNITS["memory"]:
-        axes.set_yscale("log")
+        axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda mebibytes, _: format_bytes(mebibytes * 2**20))
     else:
         axes.set_ylim(bottom=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +17,15 @@ BEGIN = "<!-- speed: begin; written by `cuflash bench --update-readme` -->"
 END = "<!-- speed: end -->"
 GRIDS = ("forward", "backward")  # the tables of the suite `paper`: problems down, lengths across
 YARDSTICK = "CUDNN_ATTENTION"
+LIBRARIES = {  # the keys of their versions in a record, and their names
+    "torch": "torch",
+    "cudnn": "cuDNN",
+    "jax": "jax",
+    "flash_attn": "flash_attn",
+    "xformers": "xformers",
+    "cupy": "CuPy",
+    "cuflash": "cuflash",
+}
 
 
 def regenerate(text: str, folder: Path, root: Path) -> str:
@@ -35,7 +45,6 @@ def section(folder: Path, root: Path) -> str:
     found = [(path, record) for path, record in results.stored(folder) if record["gpu"] is not None]
     if not found:
         raise ValueError(f"json: got {folder}, which holds no results of a GPU; allowed: a folder with some")
-    found.sort(key=lambda pair: pair[1]["gpu"])  # stable: the order of the tables stays
     return "\n\n".join(
         part for gpu, pairs in groupby(found, lambda pair: pair[1]["gpu"]) for part in _of_gpu(gpu, list(pairs), root)
     )
@@ -45,14 +54,14 @@ def _of_gpu(gpu: str, pairs: list[tuple[Path, dict[str, Any]]], root: Path) -> I
     grids = [record for _, record in pairs if record["table"] in GRIDS]
     yield from (_grid(record) for record in grids)
     if grids:
-        yield (
+        yield _wrapped(
             f"{gpu}, bfloat16, {TOKENS:,} tokens in sequences of the length given, or one that is longer, hidden "
             f"{HIDDEN:,}; {_origin(grids)}."
         )
     for _, record in pairs:
         if record["table"] not in GRIDS:
             yield _list(record)
-            yield f"{gpu}; {_origin([record])}."
+            yield _wrapped(f"{gpu}; {_origin([record])}.")
     for path, record in pairs:
         if plots.drawable(record):
             link = Path(os.path.relpath(plots.path_of(path), root)).as_posix()
@@ -96,8 +105,13 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
+def _wrapped(sentence: str) -> str:
+    return textwrap.fill(sentence, 120, break_long_words=False, break_on_hyphens=False)
+
+
 def _origin(records: list[dict[str, Any]]) -> str:
     """The versions and dates of results: torch 2.11.0, cuDNN 91900; 2026-11-24."""
-    names = ("torch", "cudnn", "jax", "flash_attn", "xformers", "cupy", "cuflash")
-    versions = dict.fromkeys(f"{name} {record[name]}" for name in names for record in records if name in record)
+    versions = dict.fromkeys(
+        f"{name} {record[key]}" for key, name in LIBRARIES.items() for record in records if record.get(key) is not None
+    )
     return f"{', '.join(versions)}; {', '.join(sorted({record['date'] for record in records}))}"

@@ -113,12 +113,14 @@ def stored(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     A file is one of results if its name is the one that `path_of` gives.
     """
     tables = [table.name for suite in SUITES.values() for table in suite(True)]
-    found = [(path, read(path)) for path in folder.glob("*.json") if path.stem.endswith(tuple(tables))]
-    for path, record in sorted(found, key=lambda pair: pair[0]):
-        for table in tables:
-            named = {**record, "table": table}  # the oldest files do not say it
-            if path_of(folder, named) == path:
-                yield path, named
+    found = []
+    for order, table in enumerate(tables):
+        for path in folder.glob(f"*_{table}.json"):
+            record = {**read(path), "table": table}  # the oldest files do not say it
+            if path_of(folder, record) == path:
+                found.append((record["gpu"] or "", order, path, record))
+    for _, _, path, record in sorted(found, key=lambda entry: entry[:2]):
+        yield path, record
 
 
 def _gpu_libraries(device: Cpu | Gpu) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def gqa(reduced: bool) -> tuple[Table, ...]:
 def long(reduced: bool) -> tuple[Table, ...]:
     """One long sequence of few heads."""
     lengths = (2_048,) if reduced else tuple(2**power for power in range(16, 21))
-    heads, head_dim = (1, 64) if reduced else (4, 128)
+    heads, head_dim = (1, 64) if reduced else (2, 128)
     return _directions("long", [_self_attention(length, head_dim, heads) for length in lengths])
 
 
