@@ -1,11 +1,10 @@
-"""The command line: exit codes, errors on one line, `doctor`, `compile` and `bench`."""
+"""The command line: exit codes, errors on one line, `doctor` and `compile`."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from cuflash import cli
 from cuflash.cuda import cache, jit, toolchain
 from cuflash.cuda.precompile import Job, Precompiled, jobs_of
 from cuflash.cuda.toolchain import Target
-from cuflash.demo import bench, compilation, doctor, driver, exactness, gpu, machine
+from cuflash.demo import compilation, doctor, driver, exactness, gpu, machine
 from cuflash.demo.driver import Driver, Gpu
 from cuflash.demo.finding import Finding
 from cuflash.spec import Spec
@@ -62,8 +61,8 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["compile", "--head-dim", "64:"], "--head-dim"),
         (["compile", "--head-dim", "0:64"], "--head-dim"),
         (["compile", "--workers", "0"], "--workers"),
-        (["bench", "--lengths", "128", "1.5"], "1.5"),
-        (["bench", "--repeats"], "--repeats"),
+        (["bench", "--suite", "everything"], "paper"),
+        (["bench", "--suite"], "--suite"),
     ],
 )
 def test_bad_arguments(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -622,35 +621,3 @@ def test_a_real_ctrl_c_while_compiling_keeps_what_was_compiled(tmp_path: Path) -
     for path in tmp_path.iterdir():
         key, _, version = path.stem.rpartition("-")
         assert cache.load(tmp_path, key, version)
-
-
-# ---- bench -------------------------------------------------------------------------------------------------------
-
-
-def test_bench_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "bench.json"
-    arguments = ["bench", "--device", "cpu", "--lengths", "64", "128", "--heads", "2", "--head-dim", "16"]
-    assert cli.main([*arguments, "--repeats", "3", "--json", str(path)]) == 0
-    found = json.loads(path.read_text(encoding="utf-8"))
-    assert [row["length"] for row in found["rows"]] == [64, 128]
-    assert all(value > 0 for row in found["rows"] for value in row.values())
-    assert found["settings"]["repeats"] == 3
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed[-2:]] == ["64", "128"]
-    assert f"{found['rows'][0]['cuflash_forward'] * 1e3:.2f}" in printed[-2]
-
-
-def test_bench_times_nothing_that_is_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    forward = cuflash.flash_attention
-
-    def wrong(*arguments: Any, **options: Any) -> Any:
-        result = forward(*arguments, **options)
-        return result if isinstance(result, tuple) else result * 1.001
-
-    monkeypatch.setattr(cuflash, "flash_attention", wrong)
-    path = tmp_path / "bench.json"
-    assert bench.run(bench.Settings(lengths=(64,), device="cpu", json=str(path))) == 1
-    assert "out differs" in capsys.readouterr().out
-    assert not path.exists()

@@ -41,8 +41,8 @@ def run(settings: Settings) -> int:
     folder = Path(settings.json)
     if (settings.plots or settings.update_readme) and importlib.util.find_spec("matplotlib") is None:
         raise UnsupportedError("the plots need matplotlib: pip install 'cuflash[demo]'")
-    if settings.update_readme and not {readme.BEGIN, readme.END} <= set(README.read_text("utf-8").splitlines()):
-        raise ValueError(f"{README}: got no markers; allowed: the lines {readme.BEGIN} and {readme.END}")
+    if settings.update_readme:
+        readme.around(README.read_text("utf-8"))
     suites = settings.suites or (() if settings.plots or settings.update_readme else tuple(SUITES))
     folder.mkdir(parents=True, exist_ok=True)
     wrong = _measure(suites, folder, settings.device) if suites else 0
@@ -100,7 +100,8 @@ def _line(row: dict[str, Any], quantity: str, ceiling: dict[str, float]) -> str:
     for name in results.contestants(row):
         share = f" ({row[name] / ceiling[limit]:.0%} of the ceiling)" if name == OURS and limit in ceiling else ""
         numbers.append(f"{name} {row[name]:,.4g}{share}")
-    return f"  {results.problem(row)}: {', '.join(numbers)}"
+    worst = f"; error against float64 {max(row['errors'].values()):.1e} at most" if row["errors"] else ""
+    return f"  {results.problem(row)}: {', '.join(numbers)}{worst}"
 
 
 def _draw(folder: Path, gpu_only: bool) -> None:

@@ -70,9 +70,9 @@ class Meter:
         peaks: dict[str, float] = {}
         contestants = self._verified(table, workload, missing, errors, peaks)
         values: Mapping[str, float] = peaks
-        if table.quantity == "host":
+        if contestants and table.quantity == "host":
             values = self._host_microseconds(contestants)
-        elif table.quantity != "memory":
+        elif contestants:
             seconds = self._medians(contestants, {name: self._foreseen(table, name, workload) for name in contestants})
             work = workload.flops / 1e12 if table.quantity == "speed" else self._cache_bytes(workload) / 1e9
             values = {name: work / elapsed for name, elapsed in seconds.items()}

@@ -14,7 +14,7 @@ from cuflash.bench.results import OUT_OF_MEMORY, contestants
 from cuflash.bench.workloads import UNITS
 from cuflash.demo.report import format_bytes, format_tokens
 
-_COLOURS = {peer.name: colormaps["tab20"](index) for index, peer in enumerate(PEERS)} | {OURS: "#00798c"}
+_COLOURS = {peer.name: colormaps["tab20"](2 * index % 19) for index, peer in enumerate(PEERS)} | {OURS: "#00798c"}
 _COLUMNS = 3
 
 

@@ -28,16 +28,22 @@ LIBRARIES = {  # the keys of their versions in a record, and their names
 }
 
 
+def around(text: str) -> tuple[str, str]:
+    """What stands before and after the section in README's `text`, markers included. Raises ValueError without them."""
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md: got no {END if begin else BEGIN}; allowed: both markers, in this order")
+    return head + begin, end + tail
+
+
 def regenerate(text: str, folder: Path, root: Path) -> str:
     """README's `text`, with the section between the markers made from the GPU results in `folder`.
 
     `root` is README's folder, which links are relative to. Raises ValueError without markers or without results.
     """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md: got no {BEGIN if not begin else END}; allowed: both markers, in this order")
-    return f"{head}{BEGIN}\n\n{section(folder, root)}\n\n{END}{tail}"
+    before, after = around(text)
+    return f"{before}\n\n{section(folder, root)}\n\n{after}"
 
 
 def section(folder: Path, root: Path) -> str:

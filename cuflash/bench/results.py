@@ -84,8 +84,11 @@ def check(record: Any) -> None:
         absent = [name for name in CELL[:_ALWAYS] if name not in row]
         if absent:
             raise ValueError(f"a row lacks {', '.join(absent)}")
+        for name in NOTES:
+            if not isinstance(row.get(name, {}), dict):
+                raise ValueError(f"{name}: got {row[name]!r}; allowed: names and what is noted of them")
         for name in contestants(row):
-            if not isinstance(row[name], (int, float)) or not row[name] > 0:
+            if type(row[name]) not in (int, float) or not row[name] > 0:
                 raise ValueError(f"{name}: got {row[name]!r}; allowed: a positive number")
 
 
