@@ -92,7 +92,7 @@ class Gpu:
         self.name = machine.gpu_name(cupy)
         properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
         self._flush = cupy.empty(2 * properties["l2CacheSize"], cupy.uint8)
-        self._has_torch = importlib.util.find_spec("torch") is not None
+        self._has_torch = _torch_has_gpu()
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -100,7 +100,7 @@ class Gpu:
         yield
 
     def draw(self, workload: Workload) -> Inputs:
-        """Fresh normal inputs: drawn on the GPU by torch where it is installed, else on the host."""
+        """Fresh normal inputs: drawn on the GPU by torch where it has one, else on the host."""
         return Inputs(self.xp, *(self._normal(shape) for shape in _shapes(workload)))
 
     def seconds(self, contestant: Contestant, repeats: int) -> float:
@@ -131,7 +131,7 @@ class Gpu:
             torch.cuda.empty_cache()
 
     def ceiling(self) -> dict[str, float]:
-        """Measured: TFLOP/s of a matrix product (by torch, where it is installed), GB/s of a copy, reads and writes
+        """Measured: TFLOP/s of a matrix product (by torch, where it has a GPU), GB/s of a copy, reads and writes
         counted."""
         source = self.xp.ones(_COPY, self.xp.uint8)
         target = self.xp.empty_like(source)
@@ -149,6 +149,14 @@ class Gpu:
 
             return self.xp.from_dlpack(torch.randn(shape, device="cuda", dtype=getattr(torch, self.dtype)))
         return self.xp.asarray(np.random.default_rng().standard_normal(shape, np.float32)).astype(dtype_of(self.dtype))
+
+
+def _torch_has_gpu() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _shapes(workload: Workload) -> tuple[tuple[int, ...], ...]:

@@ -10,10 +10,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from cuflash.bench import verify
-from cuflash.bench.contestant import Contestant
+from cuflash.bench.contestant import Contestant, Inputs
 from cuflash.bench.device import Cpu, Gpu
 from cuflash.bench.peers import OURS, Peer
 from cuflash.bench.results import OUT_OF_MEMORY, WRONG
@@ -44,6 +45,16 @@ print(time.perf_counter() - begin)
 """
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What came of the first calls on a problem, by the contestants' names."""
+
+    contestants: dict[str, Contestant] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)  # MiB
+    missing: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+
 class Meter:
     """Measures problems on one device beside the peers, and remembers how fast those were.
 
@@ -65,94 +76,92 @@ class Meter:
         """
         if table.quantity == "start":
             return {**workload.cell, **_start(self.device, workload), "missing": {}, "errors": {}}
-        missing: dict[str, str] = {}
-        errors: dict[str, float] = {}
-        peaks: dict[str, float] = {}
-        contestants = self._verified(table, workload, missing, errors, peaks)
-        values: Mapping[str, float] = peaks
-        if contestants and table.quantity == "host":
-            values = self._host_microseconds(contestants)
-        elif contestants:
-            seconds = self._medians(contestants, {name: self._foreseen(table, name, workload) for name in contestants})
-            work = workload.flops / 1e12 if table.quantity == "speed" else self._cache_bytes(workload) / 1e9
-            values = {name: work / elapsed for name, elapsed in seconds.items()}
-        contestants.clear()
-        self.device.release()
+        found = self._verified(table, workload)
+        values = found.peaks
+        if found.contestants:
+            values = self._values(table, workload, found.contestants)
+            found.contestants.clear()
+            self.device.release()
         rounded = {name: float(f"{value:.4g}") for name, value in values.items()}
-        return {**workload.cell, **rounded, "missing": missing, "errors": errors}
+        return {**workload.cell, **rounded, "missing": found.missing, "errors": found.errors}
 
-    def _verified(
-        self,
-        table: Table,
-        workload: Workload,
-        missing: dict[str, str],
-        errors: dict[str, float],
-        peaks: dict[str, float],
-    ) -> dict[str, Contestant]:
-        """The contestants whose results hold. Their first call, which is verified, is also the one whose memory is
-        measured: at great lengths every call takes long."""
+    def _verified(self, table: Table, workload: Workload) -> _Found:
+        """The contestants whose results hold.
+
+        Where memory is measured, it is that of the call which is verified, since at great lengths every call takes
+        long; then no contestants are left for other measurements, and none holds memory beside the next.
+        """
         inputs = self.device.draw(workload)
         exact = verify.exact_rows(workload, inputs)
-        contestants: dict[str, Contestant] = {}
-        ours: list[Any] = []
+        found = _Found()
+        ours: Sequence[Any] = ()
         for peer in self.peers:
             if peer.quantity not in (None, table.quantity):
                 continue
             try:
-                if reason := peer.refuses(workload):
-                    raise NotImplementedError(reason)
-                foreseen = self._foreseen(table, peer.name, workload)
-                if foreseen > PATIENCE and peer.name != OURS:
-                    raise NotImplementedError(f"too long, about {foreseen:.0f} s a call")
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # torch explains by warnings what its error says
-                    contestant = peer.prepare(workload, inputs)
-                    if table.quantity == "memory" and contestant.peak is None:
-                        raise NotImplementedError("its memory is not measured")
-                    results = self._first_call(table, peer.name, workload, contestant, peaks)
-                results = [contestant.native(x) for x in results]
+                contestant, peak, results = self._first_call(table, workload, peer, inputs)
                 ours = ours or results
-                errors[peer.name] = float(f"{verify.check(peer.name, results, ours, exact):.3g}")
-                contestants[peer.name] = contestant
+                found.errors[peer.name] = float(f"{verify.check(peer.name, results, ours, exact):.3g}")
             except WrongResult as error:
-                missing[peer.name] = f"{WRONG}: {error}"
-                peaks.pop(peer.name, None)
+                found.missing[peer.name] = f"{WRONG}: {error}"
                 if peer.name == OURS:
-                    return {}
+                    break
             except Exception as error:  # whatever a peer raises, the others go on
                 if peer.name == OURS:
                     raise
-                missing[peer.name] = _reason(error)
-            results = []
-            if table.quantity == "memory":
-                contestants.pop(peer.name, None)
+                found.missing[peer.name] = _reason(error)
+            else:
+                if peak is None:
+                    found.contestants[peer.name] = contestant
+                else:
+                    found.peaks[peer.name] = peak / 2**20
+            contestant = results = None
             self.device.release()
-        return contestants
+        return found
 
     def _first_call(
-        self, table: Table, name: str, workload: Workload, contestant: Contestant, peaks: dict[str, float]
-    ) -> Sequence[Any]:
-        with contestant.scope():
-            foreseen = self._foreseen(table, name, workload)
-            if foreseen == 0 or (foreseen < SLOW and table.quantity != "memory"):
-                contestant.call()  # compiles
-                self.device.synchronize()
-                self.device.release()
-            begin = time.perf_counter()
-            if table.quantity == "memory" and contestant.peak is not None:
-                held, results = contestant.peak()
-                peaks[name] = held / 2**20
-            else:
-                results = contestant.call()
-        if contestant.wait is not None:
-            contestant.wait(results)
+        self, table: Table, workload: Workload, peer: Peer, inputs: Inputs
+    ) -> tuple[Contestant, int | None, Sequence[Any]]:
+        """The peer's contestant, the bytes that its call held at most where the table is of memory, and its results as
+        arrays of NumPy or CuPy. Raises whatever the peer raises, and NotImplementedError where it is not asked."""
+        if reason := peer.refuses(workload):
+            raise NotImplementedError(reason)
+        foreseen = self._foreseen(table, peer.name, workload)
+        if foreseen > PATIENCE and peer.name != OURS:
+            raise NotImplementedError(f"too long, about {foreseen:.0f} s a call")
+        of_memory, peak = table.quantity == "memory", None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch explains by warnings what its error says
+            contestant = peer.prepare(workload, inputs)
+            if of_memory and contestant.peak is None:
+                raise NotImplementedError("its memory is not measured")
+            with contestant.scope():
+                if foreseen == 0 or (foreseen < SLOW and not of_memory):
+                    contestant.call()  # compiles
+                    self.device.synchronize()
+                    self.device.release()
+                begin = time.perf_counter()
+                if of_memory and contestant.peak is not None:
+                    peak, results = contestant.peak()
+                else:
+                    results = contestant.call()
+            if contestant.wait is not None:
+                contestant.wait(results)
         self.device.synchronize()
-        self._seconds_per_flop[table.name, name] = (time.perf_counter() - begin) / workload.flops
-        return results
+        self._seconds_per_flop[table.name, peer.name] = (time.perf_counter() - begin) / workload.flops
+        return contestant, peak, [contestant.native(x) for x in results]
 
     def _foreseen(self, table: Table, name: str, workload: Workload) -> float:
         """Seconds of a call, by the speed of the last one in the table; 0 before any."""
         return self._seconds_per_flop.get((table.name, name), 0.0) * workload.flops
+
+    def _values(self, table: Table, workload: Workload, contestants: Mapping[str, Contestant]) -> dict[str, float]:
+        """What each contestant reaches of the table's quantity."""
+        if table.quantity == "host":
+            return self._host_microseconds(contestants)
+        once = {name: self._foreseen(table, name, workload) for name in contestants}
+        work = workload.flops / 1e12 if table.quantity == "speed" else self._cache_bytes(workload) / 1e9
+        return {name: work / seconds for name, seconds in self._medians(contestants, once).items()}
 
     def _medians(self, contestants: Mapping[str, Contestant], once: Mapping[str, float]) -> dict[str, float]:
         """Seconds of a call of each, `once` being about that: medians of interleaved rounds, after those that warm
