@@ -253,6 +253,36 @@ def test_memory_of_standard_attention_is_quadratic() -> None:
     assert row["cuflash"] < row["standard"] / 3
 
 
+def stand_in_for_flash_attn(torch: Any) -> SimpleNamespace:
+    """A module with flash-attn's two functions; one returns the LSE besides, as some releases do."""
+
+    def flash_attn_func(q: Any, k: Any, v: Any, *, causal: bool) -> Any:
+        return torch.from_numpy(cuflash.flash_attention(*(x.numpy() for x in (q, k, v)), causal=causal)), None
+
+    def flash_attn_varlen_func(q: Any, k: Any, v: Any, *, causal: bool, **given: Any) -> Any:
+        assert given.keys() == {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
+        assert given["max_seqlen_q"] == given["max_seqlen_k"] == int(given["cu_seqlens_q"].diff().max())
+        boundaries = {name: given[name].numpy() for name in ("cu_seqlens_q", "cu_seqlens_k")}
+        arrays = (x.numpy() for x in (q, k, v))
+        return torch.from_numpy(cuflash.flash_attention(*arrays, causal=causal, **boundaries))
+
+    return SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", ["causal", "packed"])
+@pytest.mark.parametrize("release", ["2", "3", "4"])
+def test_flash_attn_is_called_by_its_own_names(release: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of a stand-in; the library itself needs a GPU."""
+    torch = pytest.importorskip("torch")
+    (peer,) = (peer for peer in PEERS if peer.name == f"flash_attn {release}")
+    assert peer.module is not None
+    monkeypatch.setitem(sys.modules, peer.module, stand_in_for_flash_attn(torch))  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(Peer, "obstacle", lambda peer, on_gpu: "")
+    row = Meter(Cpu(), [PEERS[0], peer]).row(table(), PROBLEMS[name])
+    assert results.contestants(row) == ["cuflash", peer.name]
+
+
 class FakeEvent:
     def record(self) -> None:
         self.time = time.perf_counter()
