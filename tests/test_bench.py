@@ -464,6 +464,17 @@ def test_without_matplotlib(
     assert not (tmp_path / "there").exists()
 
 
+def test_a_base_install_measures(tmp_path: Path) -> None:
+    """Without rich, matplotlib, torch and JAX; the NumPy backend beside standard attention."""
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['rich', 'matplotlib', 'torch', 'jax'])); "
+    program = blocked + "from cuflash.cli import main; sys.exit(main(sys.argv[1:]))"
+    options = ["bench", "--suite", "decode", "--device", "cpu", "--json", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", program, *options], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = results.read(tmp_path / "cpu_decode.json")["rows"]
+    assert results.contestants(row) == ["cuflash", "standard"]
+
+
 def test_no_gpu_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(machine, "gpu_obstacle", lambda: "there is none")
     monkeypatch.setattr(command, "SUITES", {"none": lambda reduced: ()})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cuflash.bench import readme, results
-from cuflash.bench.device import find
+from cuflash.bench.device import Cpu, Gpu, find
 from cuflash.bench.measure import Meter
 from cuflash.bench.peers import OURS, PEERS
 from cuflash.bench.workloads import SUITES, UNITS
@@ -44,8 +44,15 @@ def run(settings: Settings) -> int:
     if settings.update_readme:
         readme.around(README.read_text("utf-8"))
     suites = settings.suites or (() if settings.plots or settings.update_readme else tuple(SUITES))
-    folder.mkdir(parents=True, exist_ok=True)
-    wrong = _measure(suites, folder, settings.device) if suites else 0
+    wrong = 0
+    if suites:
+        device = find(settings.device)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not device.on_gpu:
+            reason = "asked for" if settings.device == "cpu" else machine.gpu_obstacle()
+            print(f"On the CPU ({reason}): the NumPy backend in a reduced form, NumPy and torch on one thread.")
+            print("These numbers say nothing of a GPU.")
+        wrong = _measure(suites, folder, device)
     if settings.plots or settings.update_readme:
         _draw(folder, gpu_only=not settings.plots)
     if settings.update_readme:
@@ -54,15 +61,10 @@ def run(settings: Settings) -> int:
     return 1 if wrong else 0
 
 
-def _measure(suites: tuple[str, ...], folder: Path, device_name: str) -> int:
+def _measure(suites: tuple[str, ...], folder: Path, device: Cpu | Gpu) -> int:
     """Measure the suites, write each table's file after every row; the number of wrong results."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would leave the others no memory
-    device = find(device_name)
     print(f"{device.name}, {device.dtype}")
-    if not device.on_gpu:
-        reason = "asked for" if device_name == "cpu" else machine.gpu_obstacle()
-        print(f"On the CPU ({reason}): the NumPy backend in a reduced form, NumPy and torch on one thread.")
-        print("These numbers say nothing of a GPU.")
     meter = Meter(device, PEERS)
     for name, reason in meter.missing.items():
         print(f"left out: {name}: {reason}")
@@ -109,7 +111,7 @@ def _draw(folder: Path, gpu_only: bool) -> None:
     from cuflash.bench import plots
 
     for path, record in results.stored(folder):
-        if plots.drawable(record) and not (gpu_only and record["gpu"] is None):
-            picture = plots.path_of(path)
+        if results.drawable(record) and not (gpu_only and record["gpu"] is None):
+            picture = results.picture_of(path)
             plots.draw(record).savefig(picture)
             print(f"wrote {picture}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from matplotlib import colormaps
@@ -16,16 +15,6 @@ from cuflash.demo.report import format_bytes, format_tokens
 
 _COLOURS = {peer.name: colormaps["tab20"](2 * index % 19) for index, peer in enumerate(PEERS)} | {OURS: "#00798c"}
 _COLUMNS = 3
-
-
-def path_of(json_path: Path) -> Path:
-    """Where the picture of a file of results belongs: beside it."""
-    return json_path.with_suffix(".png")
-
-
-def drawable(record: dict[str, Any]) -> bool:
-    """Whether the rows differ in length: a table of one length makes no line."""
-    return len({row["length"] for row in record["rows"]}) > 1
 
 
 def draw(record: dict[str, Any]) -> Figure:

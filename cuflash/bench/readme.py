@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from cuflash.bench import plots, results
+from cuflash.bench import results
 from cuflash.bench.peers import OURS
 from cuflash.bench.workloads import HIDDEN, TOKENS
 
@@ -69,8 +69,8 @@ def _of_gpu(gpu: str, pairs: list[tuple[Path, dict[str, Any]]], root: Path) -> I
             yield _list(record)
             yield _wrapped(f"{gpu}; {_origin([record])}.")
     for path, record in pairs:
-        if plots.drawable(record):
-            link = Path(os.path.relpath(plots.path_of(path), root)).as_posix()
+        if results.drawable(record):
+            link = Path(os.path.relpath(results.picture_of(path), root)).as_posix()
             yield f"![{record['table'].replace('_', ', ')} on {gpu}, every contestant against the length]({link})"
 
 

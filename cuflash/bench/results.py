@@ -48,6 +48,16 @@ def path_of(folder: Path, record: dict[str, Any]) -> Path:
     return folder / f"{device}_{record['table']}.json"
 
 
+def picture_of(path: Path) -> Path:
+    """Where the picture of a file of results belongs: beside it."""
+    return path.with_suffix(".png")
+
+
+def drawable(record: dict[str, Any]) -> bool:
+    """Whether the rows differ in length: a table of one length makes no line."""
+    return len({row["length"] for row in record["rows"]}) > 1
+
+
 def write(record: dict[str, Any], folder: Path) -> Path:
     """Write the record, at once whole, in place of an earlier one of the same device; the path.
 
