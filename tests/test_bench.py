@@ -244,6 +244,38 @@ def test_what_takes_too_long_or_too_much_memory_is_left_out(monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("where", "name"), [(Cpu, "draw"), (cuflash, "flash_attention")])
+def test_a_problem_that_the_device_cannot_hold_is_left_out(
+    where: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(error: Exception) -> None:
+        def raises(*_: Any, **__: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(where, name, raises)
+
+    meter = Meter(Cpu(), OURS_AND_STANDARD)
+    fails(RuntimeError("CUDA out of memory. Tried to allocate 32 GiB"))
+    row = meter.row(table(), workload())
+    assert results.contestants(row) == []
+    assert row["missing"] == {"cuflash": "out of memory: CUDA out of memory. Tried to allocate 32 GiB"}
+    fails(RuntimeError("the kernel does not compile"))
+    with pytest.raises(RuntimeError, match="does not compile"):
+        meter.row(table(), workload())
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_problem_that_the_device_cannot_hold_for_all_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(*_: Any) -> float:
+        raise MemoryError("Unable to allocate 8 EiB")
+
+    monkeypatch.setattr(Cpu, "seconds", seconds)
+    row = Meter(Cpu(), OURS_AND_STANDARD).row(table(), workload())
+    assert results.contestants(row) == []
+    assert row["missing"] == dict.fromkeys(("cuflash", "standard"), "out of memory: Unable to allocate 8 EiB")
+
+
+@pytest.mark.usefixtures("quick")
 def test_memory_of_standard_attention_is_quadratic() -> None:
     """Two matrices of scores for each head, in float32."""
     meter = Meter(Cpu(), OURS_AND_STANDARD)
@@ -288,14 +320,14 @@ class FakeEvent:
         self.time = time.perf_counter()
 
 
-def fake_cupy() -> Any:
+def fake_cupy(capability: str) -> Any:
     """Of CuPy as much as `Gpu` asks for, on NumPy; the clock of its events is the host's."""
     properties = {"name": b"NVIDIA H200", "l2CacheSize": 1 << 20}
     cuda = SimpleNamespace(
         Event=FakeEvent,
         get_elapsed_time=lambda start, stop: (stop.time - start.time) * 1e3,
         runtime=SimpleNamespace(getDeviceProperties=lambda device: properties),
-        Device=lambda: SimpleNamespace(id=0, synchronize=lambda: None),
+        Device=lambda: SimpleNamespace(id=0, compute_capability=capability, synchronize=lambda: None),
     )
     pool = SimpleNamespace(free_all_blocks=lambda: None)
     arrays = {name: getattr(np, name) for name in ("empty", "empty_like", "ones", "copyto", "asarray", "uint8")}
@@ -304,7 +336,8 @@ def fake_cupy() -> Any:
 
 def test_a_gpu_is_timed_by_events_without_the_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no torch, which would want a GPU
-    gpu = Gpu(fake_cupy())
+    assert Gpu(fake_cupy("75")).dtype == "float16"
+    gpu = Gpu(fake_cupy("90"))
     assert (gpu.name, gpu.dtype) == ("NVIDIA H200", "bfloat16")
     monkeypatch.setattr(gpu, "_flush", SimpleNamespace(fill=lambda value: time.sleep(0.02)))
     contestant = Contestant(call=lambda: time.sleep(0.005) or (), native=lambda x: x, peak=None)

@@ -81,14 +81,16 @@ class Cpu:
 
 
 class Gpu:
-    """CuPy's arrays in bfloat16, float16 before CuPy 14; timed by events, the L2 cache flushed before each call."""
+    """CuPy's arrays in bfloat16, float16 before CuPy 14 or Ampere; timed by events, the L2 cache flushed before each
+    call."""
 
     on_gpu = True
     burst, rounds, warm_up = 0.01, 7, 3
 
     def __init__(self, cupy: Any) -> None:
         self.xp = cupy
-        self.dtype = "bfloat16" if int(cupy.__version__.partition(".")[0]) >= 14 else "float16"
+        recent = int(cupy.__version__.partition(".")[0]) >= 14 and int(cupy.cuda.Device().compute_capability) >= 80
+        self.dtype = "bfloat16" if recent else "float16"
         self.name = machine.gpu_name(cupy)
         properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
         self._flush = cupy.empty(2 * properties["l2CacheSize"], cupy.uint8)

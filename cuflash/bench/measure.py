@@ -79,7 +79,10 @@ class Meter:
         found = self._verified(table, workload)
         values = found.peaks
         if found.contestants:
-            values = self._values(table, workload, found.contestants)
+            try:
+                values = self._values(table, workload, found.contestants)
+            except Exception as error:  # each alone had memory enough, but not beside what the others keep
+                found.missing.update(dict.fromkeys(found.contestants, _out_of_memory(error)))
             found.contestants.clear()
             self.device.release()
         rounded = {name: float(f"{value:.4g}") for name, value in values.items()}
@@ -91,9 +94,13 @@ class Meter:
         Where memory is measured, it is that of the call which is verified, since at great lengths every call takes
         long; then no contestants are left for other measurements, and none holds memory beside the next.
         """
-        inputs = self.device.draw(workload)
-        exact = verify.exact_rows(workload, inputs)
         found = _Found()
+        try:
+            inputs = self.device.draw(workload)
+            exact = verify.exact_rows(workload, inputs)
+        except Exception as error:
+            found.missing[OURS] = _out_of_memory(error)
+            return found
         ours: Sequence[Any] = ()
         for peer in self.peers:
             if peer.quantity not in (None, table.quantity):
@@ -108,7 +115,8 @@ class Meter:
                     break
             except Exception as error:  # whatever a peer raises, the others go on
                 if peer.name == OURS:
-                    raise
+                    found.missing[OURS] = _out_of_memory(error)
+                    break
                 found.missing[peer.name] = _reason(error)
             else:
                 if peak is None:
@@ -214,6 +222,14 @@ def _start(device: Cpu | Gpu, workload: Workload) -> dict[str, float]:
                 raise RuntimeError(f"a fresh process failed: {done.stderr.strip().splitlines()[-1]}")
             found.append(round(float(done.stdout), 4))
     return {"empty cache": found[0], "filled cache": found[1]}
+
+
+def _out_of_memory(error: Exception) -> str:
+    """The reason why this device cannot do a problem; an error that is not about memory is raised again."""
+    reason = _reason(error)
+    if not reason.startswith(OUT_OF_MEMORY):
+        raise error
+    return reason
 
 
 def _reason(error: Exception) -> str:
