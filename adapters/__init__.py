@@ -1,1 +1,1 @@
-"""Adapters to array frameworks: each knows one framework and the two public functions, and no attention mathematics."""
+"""Adapters to array frameworks: each knows one framework, the public functions and their plans; no attention maths."""

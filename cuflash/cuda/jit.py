@@ -134,9 +134,14 @@ def kernel(name: str, spec: Spec, tile: Tile, target: Target, entry: str | None 
     """
 
     def load() -> Any:
-        return _load(_CUBINS.get((name, spec, tile, target), lambda: _cubin(name, spec, tile, target)), entry or name)
+        return _load(cubin(name, spec, tile, target), entry or name)
 
     return _FUNCTIONS.get((name, spec, tile, target, entry, _current_device()), load)
+
+
+def cubin(name: str, spec: Spec, tile: Tile, target: Target) -> bytes:
+    """The cubin of one variant, made once a process: who asks while it is made waits for it. Needs no GPU."""
+    return _CUBINS.get((name, spec, tile, target), lambda: _cubin(name, spec, tile, target))
 
 
 def _cubin(kernel: str, spec: Spec, tile: Tile, target: Target) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -47,18 +47,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def compiled(request: pytest.FixtureRequest) -> None:
-    """Compile what the collected GPU cases need, in parallel, before the first of them runs."""
+def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compile what the collected GPU cases need, in parallel and in their order, from before the first of them on."""
     from cuflash.cuda import toolchain
-    from cuflash.cuda.precompile import precompile
+    from cuflash.cuda.precompile import in_background
 
     jobs = []
     with pytest.MonkeyPatch.context() as patch:
         for arch, case in cases_on_gpu(request.session.items):
             patch.setenv("CUFLASH_FORCE_ARCH", arch)
             jobs += needed_jobs(case, toolchain.device_target(0))
-    outcome = precompile(jobs)
-    assert not outcome.failed, outcome.failed[0]
+    pool = in_background(jobs)
+    yield
+    pool.shutdown(cancel_futures=True)
 
 
 def cases_on_gpu(items: Iterable[Any]) -> list[tuple[str, Case]]:
