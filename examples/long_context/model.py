@@ -78,7 +78,7 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: SDPBackend
 def _standard(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The textbook's, which writes down S and P [batch, heads, tokens, tokens]."""
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() / math.sqrt(q.shape[3])
+    scores = at_least_float32(torch.einsum("bqhd,bkhd->bhqk", q, k)) / math.sqrt(q.shape[3])
     future = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
     probabilities = scores.masked_fill(future, -math.inf).softmax(dim=-1)
     return torch.einsum("bhqk,bkhd->bqhd", probabilities.to(v.dtype), v)
@@ -187,7 +187,7 @@ class Model(nn.Module):
 
     def loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Sum of the cross entropies of a chunk; its logits [batch * tokens, 256] live in here."""
-        logits = F.linear(self.norm(x), self.embedding.weight).float()
+        logits = at_least_float32(F.linear(self.norm(x), self.embedding.weight))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
@@ -202,5 +202,9 @@ def rotation_table(length: int, head_dim: int, device: torch.device) -> torch.Te
 def rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Rotary positions (Su et al., 2021) on [batch, tokens, heads, head_dim], in x's dtype."""
     cos, sin = rotation
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = at_least_float32(x).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
