@@ -111,7 +111,6 @@ class _Run:
         if given.resume:
             self.trainer.resume(self.folder / "checkpoint.pt")
         self.report: dict[str, Any] = {
-            "status": "failed",
             "framework": f"torch {torch.__version__}",
             "cuflash": machine.version_of("cuflash"),
             "device": torch.cuda.get_device_name() if device.type == "cuda" else machine.describe(np)["processor"],
@@ -123,37 +122,23 @@ class _Run:
             "parameters": sum(parameter.numel() for parameter in self.trainer.model.parameters()),
             "entropies": corpus.entropies(self.text),
             "resumed_at": len(self.trainer.losses),
-            "losses": self.trainer.losses,
-            "held_out_bits": None,
-            "tokens_per_second": None,
-            "step_seconds": [],
+            "losses": list(self.trainer.losses),
             "peak_of": "torch's tensors on the GPU" if device.type == "cuda" else "the process",
-            "peak_bytes": None,
         }
 
     def run(self) -> int:
         self.introduce()
         reset_peak_memory(self.device)
-        try:
+        with progress.recorded(
+            self.report,
+            self.folder,
+            self.others,
+            self.console,
+            peak=lambda: peak_memory(self.device),
+            failures=(torch.cuda.OutOfMemoryError,),
+        ):
             self.smoke() if self.given.smoke else self.train()
-            self.report["status"] = "complete"
-        except KeyboardInterrupt:
-            self.report["status"] = "interrupted"
-            self.console.print("interrupted: --resume goes on from the last checkpoint, if there was one")
-        except FloatingPointError as error:
-            self.console.print(f"failed: {error}", markup=False)
-        except torch.cuda.OutOfMemoryError as error:
-            self.report["status"] = "out of memory"
-            self.console.print(f"out of memory at {self.report['length']:,} tokens: {error}", markup=False)
-        finally:
-            self.report["peak_bytes"] = peak_memory(self.device)
-            self.console.print(progress.summary(self.report))
-            for other in self.others:
-                difference = progress.largest_difference(self.report, other)
-                self.console.print(f"largest difference from the losses of {other['attention']}: {difference:.1e}")
-            for path in progress.write(self.report, self.folder, self.others):
-                self.console.print(f"wrote {path}")
-        return {"complete": 0, "interrupted": 130}.get(self.report["status"], 1)
+        return progress.exit_code(self.report)
 
     def introduce(self) -> None:
         report, say = self.report, self.console.print
@@ -164,18 +149,12 @@ class _Run:
         say(f"{report['length']:,} tokens a step, checkpoint: {report['checkpoint']}", markup=False)
 
     def train(self) -> None:
-        trainer, length = self.trainer, self.report["length"]
-        shown = progress.followed(
-            trainer.steps(), taken=len(trainer.losses), total=self.report["steps"], length=length, console=self.console
-        )
-        steps: list[progress.Step] = []
-        for step in shown:
-            steps.append(step)
-            self.report["step_seconds"].append(step.seconds)
-            self.report["tokens_per_second"] = progress.speed(steps, length)
+        trainer = self.trainer
+        for step in progress.followed(trainer.steps(), self.report, self.console):
             if step.number % self.given.save_every == 0 or step.number == self.report["steps"]:
                 trainer.save(self.folder / "checkpoint.pt")
-        self.report["held_out_bits"] = trainer.evaluate(corpus.held_out_window(self.text, length))
+        held_out = corpus.held_out_window(self.text, self.report["length"])
+        self.report["held_out_bits"] = trainer.evaluate(held_out)
 
     def smoke(self) -> None:
         length = self.report["length"]

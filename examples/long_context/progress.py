@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +37,46 @@ def process_peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def followed(steps: Iterable[Step], *, taken: int, total: int, length: int, console: Console) -> Iterator[Step]:
-    """The steps, with a progress bar beside them."""
+@contextmanager
+def recorded(
+    report: dict[str, Any],
+    folder: Path,
+    others: Sequence[dict[str, Any]],
+    console: Console,
+    *,
+    peak: Callable[[], int | None],
+    failures: tuple[type[Exception], ...],
+) -> Iterator[None]:
+    """Whatever happens inside, show how it ended, and write the report into `folder`; its "status" becomes "complete",
+    "interrupted", or "failed" after FloatingPointError and `failures`, which end here, and after any other error."""
+    report |= {"status": "failed", "losses": report.get("losses", []), "step_seconds": []}
+    report |= {"held_out_bits": None, "tokens_per_second": None}
+    try:
+        yield
+        report["status"] = "complete"
+    except KeyboardInterrupt:
+        report["status"] = "interrupted"
+        console.print("interrupted")
+    except (FloatingPointError, *failures) as error:
+        report["error"] = str(error)
+        console.print(f"failed: {error}", markup=False)
+    finally:
+        report["peak_bytes"] = peak()
+        console.print(summary(report))
+        for other in others:
+            difference = largest_difference(report, other)
+            console.print(f"largest difference from the losses of {other['attention']}: {difference:.1e}", markup=False)
+        for path in write(report, folder, others):
+            console.print(f"wrote {path}", markup=False)
+
+
+def exit_code(report: dict[str, Any]) -> int:
+    """Of the program: 0 complete, 1 failed, 130 interrupted."""
+    return {"complete": 0, "interrupted": 130}.get(report["status"], 1)
+
+
+def followed(steps: Iterable[Step], report: dict[str, Any], console: Console) -> Iterator[Step]:
+    """The steps, with a progress bar beside them, put into the report as they come."""
     columns = (
         TextColumn("step {task.completed:.0f} of {task.total:.0f}"),
         BarColumn(bar_width=30),
@@ -46,15 +85,19 @@ def followed(steps: Iterable[Step], *, taken: int, total: int, length: int, cons
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=total, completed=taken, loss="-", speed="-")
+        task = bar.add_task("training", total=report["steps"], completed=len(report["losses"]), loss="-", speed="-")
         for step in steps:
-            bar.update(task, completed=step.number, loss=f"{step.bits:.3f}", speed=f"{length / step.seconds:,.0f}")
+            report["losses"].append(step.bits)
+            report["step_seconds"].append(step.seconds)
+            report["tokens_per_second"] = speed(report["step_seconds"], report["length"])
+            last = speed([step.seconds], report["length"])
+            bar.update(task, completed=step.number, loss=f"{step.bits:.3f}", speed=f"{last:,.0f}")
             yield step
 
 
-def speed(steps: Sequence[Step], length: int) -> float | None:
+def speed(seconds: Sequence[float], length: int) -> float:
     """Tokens a second of the median step, the first left out where there are others: it compiles."""
-    return length / statistics.median(step.seconds for step in steps[1:] or steps) if steps else None
+    return length / statistics.median(seconds[1:] or seconds)
 
 
 def summary(report: dict[str, Any]) -> Table:
