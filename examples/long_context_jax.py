@@ -163,7 +163,7 @@ def rotated(x: jax.Array, rotation: jax.Array) -> jax.Array:
 
 def steps(settings: Settings, data: Text, seed: int) -> Iterator[progress.Step]:
     """Train, from the same windows of the text as the example in PyTorch. FloatingPointError for a loss not finite."""
-    warm_up = min(20, settings.steps)
+    warm_up = min(20, settings.steps // 2)
     rate = optax.warmup_cosine_decay_schedule(0, settings.rate, warm_up, settings.steps, 0.1 * settings.rate)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.1))
 

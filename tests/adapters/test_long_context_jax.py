@@ -75,11 +75,12 @@ def test_losses_do_not_depend_on_the_attention():
     np.testing.assert_allclose(mine, theirs, rtol=1e-5)
 
 
-def test_command(tmp_path: Path):
-    arguments = ["--length", "128", "--mlp-tile", "64", "--loss-chunk", "64", "--steps", "4", "--output", str(tmp_path)]
-    assert example.main(arguments) == 0
+@pytest.mark.parametrize("steps", ["1", "4"])
+def test_command(steps: str, tmp_path: Path):
+    arguments = ["--length", "128", "--mlp-tile", "64", "--loss-chunk", "64", "--output", str(tmp_path)]
+    assert example.main([*arguments, "--steps", steps]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["status"], len(report["losses"])) == ("complete", 4)
+    assert (report["status"], len(report["losses"])) == ("complete", int(steps))
     assert report["tokens_per_second"] > 0
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
