@@ -2,7 +2,7 @@
 
     python -m examples.long_context                        # trains; on a CPU in a reduced form
     python -m examples.long_context --attention sdpa --compare long_context_run/report.json --output sdpa_run
-    python -m examples.long_context --smoke --length 1048576   # one forward and backward step
+    python -m examples.long_context --smoke --length 1048576 --output smoke_run   # one forward and backward step
 
 Run it from the root of the repository, with torch, rich and matplotlib installed. It writes report.json, report.png and
 checkpoint.pt into --output; --resume goes on from that checkpoint.
