@@ -57,19 +57,21 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("data", "order_0", "order_1"),
+    ("data", "order_0", "order_1", "order_2"),
     [
-        (b"aaaa", 0.0, 0.0),
-        (b"abababab", 1.0, 0.0),
-        (b"abcd" * 8, 2.0, 0.0),
-        (b"aab", math.log2(3) - 2 / 3, 1.0),  # p = 2/3, 1/3; after a: a once, b once
-        (b"aabba", 0.6 * math.log2(5 / 3) + 0.4 * math.log2(5 / 2), 1.0),  # after a: a, b; after b: b, a
+        (b"aaaa", 0.0, 0.0, 0.0),
+        (b"abababab", 1.0, 0.0, 0.0),
+        (b"abcd" * 8, 2.0, 0.0, 0.0),
+        (b"aab", math.log2(3) - 2 / 3, 1.0, 0.0),  # p = 2/3, 1/3; after a: a once, b once
+        (b"aabba", 0.6 * math.log2(5 / 3) + 0.4 * math.log2(5 / 2), 1.0, 0.0),  # after a: a, b; after b: b, a
+        (b"aaab", 2 - 0.75 * math.log2(3), math.log2(3) - 2 / 3, 1.0),  # after aa: a once, b once
     ],
 )
-def test_entropies_by_hand(data: bytes, order_0: float, order_1: float) -> None:
+def test_entropies_by_hand(data: bytes, order_0: float, order_1: float, order_2: float) -> None:
     array = np.frombuffer(data, dtype=np.uint8)
     assert text.order_0_entropy(array) == pytest.approx(order_0, abs=1e-12)
     assert text.order_1_entropy(array) == pytest.approx(order_1, abs=1e-12)
+    assert text.order_2_entropy(array) == pytest.approx(order_2, abs=1e-12)
 
 
 def test_default_text_is_long_and_split_without_overlap() -> None:
@@ -77,7 +79,10 @@ def test_default_text_is_long_and_split_without_overlap() -> None:
     assert len(loaded.data) > 300_000
     assert len(loaded.held_out) == len(loaded.data) // 10
     np.testing.assert_array_equal(np.concatenate([loaded.train, loaded.held_out]), loaded.data)
-    assert 0 < text.order_1_entropy(loaded.data) < text.order_0_entropy(loaded.data) < 8
+    order_0, order_1, order_2 = (
+        entropy(loaded.data) for entropy in (text.order_0_entropy, text.order_1_entropy, text.order_2_entropy)
+    )
+    assert 0 < order_2 < order_1 < order_0 < 8
 
 
 def test_a_python_without_pydoc_data_is_told_to_name_a_text(monkeypatch: pytest.MonkeyPatch) -> None:

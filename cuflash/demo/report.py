@@ -17,11 +17,16 @@ _CUFLASH, _STANDARD, _QUIET = "#00798c", "#d1495b", "#6c757d"
 def write(report: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     """Write both into the existing `folder`, the JSON first and at once whole; their paths."""
     json_path, picture_path = folder / JSON_NAME, folder / PICTURE_NAME
-    partial = json_path.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, json_path)
+    write_json(report, json_path)
     picture(report).savefig(picture_path)
     return json_path, picture_path
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Write `report` to `path`, which at every moment holds an old or a new report whole."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def picture(report: dict[str, Any]) -> Figure:

@@ -72,8 +72,25 @@ def order_1_entropy(data: np.ndarray) -> float:
     Frequencies are those of the neighbouring pairs in `data`. A model that falls below the entropy of the whole text
     uses more than the last byte.
     """
-    pairs = np.bincount(data[:-1].astype(np.int64) * 256 + data[1:], minlength=256 * 256)
-    return _entropy(pairs) - _entropy(pairs.reshape(256, 256).sum(axis=1))
+    return _conditional_entropy(data, 1)
+
+
+def order_2_entropy(data: np.ndarray) -> float:
+    """Empirical entropy of a byte given the two before it, in bits per byte: H(triples) - H(their first two bytes).
+
+    Frequencies are those in `data`. A model that falls below it on the whole text uses more than the last two bytes.
+    """
+    return _conditional_entropy(data, 2)
+
+
+def _conditional_entropy(data: np.ndarray, order: int) -> float:
+    """Entropy of a byte given the `order` bytes before it."""
+    contexts = np.zeros(len(data) - order, np.int64)
+    for i in range(order):
+        contexts = contexts * 256 + data[i : i + len(contexts)]
+    strings = contexts * 256 + data[order:]
+    longer, shorter = (np.unique(codes, return_counts=True)[1] for codes in (strings, contexts))
+    return _entropy(longer) - _entropy(shorter)
 
 
 def _entropy(counts: np.ndarray) -> float:

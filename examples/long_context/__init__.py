@@ -1,0 +1,1 @@
+"""A GPT of bytes trained on long texts: `python -m examples.long_context --help`, and docs/long_context.md."""
