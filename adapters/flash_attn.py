@@ -49,21 +49,10 @@ def flash_attn_func(
     Returns out like q, or with `return_attn_probs` (out, lse, None): lse [batch, heads, q_len] is float32 and
     differentiable; the probabilities that flash-attn returns third, for its tests, are never written down here.
     """
-    out, lse = flash_attention(
-        q,
-        k,
-        v,
-        causal=causal,
-        window_size=_window(window_size),
-        scale=softmax_scale,
-        softcap=softcap if softcap != 0 else None,
-        alibi_slopes=alibi_slopes,
-        dropout_p=dropout_p,
-        seed=fresh_seed() if dropout_p != 0 else None,
-        return_lse=True,
-        deterministic=deterministic,
+    return _attend(
+        *(q, k, v, dropout_p, softmax_scale, causal),
+        *(window_size, softcap, alibi_slopes, deterministic, return_attn_probs),
     )
-    return (out, lse, None) if return_attn_probs else out
 
 
 def flash_attn_kvpacked_func(
@@ -136,23 +125,12 @@ def flash_attn_varlen_func(
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: got {x!r:.60} ({type(x).__name__}); allowed: an int32 tensor [sequences + 1]")
-    out, lse = flash_attention(
-        q,
-        k,
-        v,
-        causal=causal,
-        window_size=_window(window_size),
-        scale=softmax_scale,
-        softcap=softcap if softcap != 0 else None,
-        alibi_slopes=alibi_slopes,
+    return _attend(
+        *(q, k, v, dropout_p, softmax_scale, causal),
+        *(window_size, softcap, alibi_slopes, deterministic, return_attn_probs),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        dropout_p=dropout_p,
-        seed=fresh_seed() if dropout_p != 0 else None,
-        return_lse=True,
-        deterministic=deterministic,
     )
-    return (out, lse, None) if return_attn_probs else out
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -229,6 +207,39 @@ def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, se
     """The inverse of `unpad_input`: [total, ...] to [batch, seqlen, ...], 0 where no token is."""
     padded = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
     return padded.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Any,
+    softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    deterministic: bool,
+    return_attn_probs: bool,
+    **boundaries: torch.Tensor,
+) -> Any:
+    """flash-attn's arguments as those of `flash_attention`, which also takes the boundaries of packed sequences."""
+    out, lse = flash_attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        window_size=_window(window_size),
+        scale=softmax_scale,
+        softcap=softcap if softcap != 0 else None,
+        alibi_slopes=alibi_slopes,
+        **boundaries,
+        dropout_p=dropout_p,
+        seed=fresh_seed() if dropout_p != 0 else None,
+        return_lse=True,
+        deterministic=deterministic,
+    )
+    return (out, lse, None) if return_attn_probs else out
 
 
 def _window(window_size: Any) -> Any:
