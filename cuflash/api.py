@@ -243,10 +243,7 @@ def flash_attention_backward(
         targets = _cuda().backward(plan, (dout_, out_, lse_, dlse_, *inputs), given, seed)
     else:
         _check_values(plan.forward, inputs)
-        targets = [
-            _empty(result) if array is None else array
-            for result, array in zip(plan.gradients.values(), (*given, None), strict=False)
-        ]
+        targets = plans.targets(plan, given, _empty)
         problem, (q_, k_, v_), extras = _for_numpy(plan.forward, inputs, seed)
         dout_, out_, dq_, dk_, dv_ = (_head_minor(plan.forward, array) for array in (dout_, out_, *targets[:3]))
         dsinks = targets[3] if len(targets) > 3 else None

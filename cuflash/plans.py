@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
 from numbers import Integral, Real
@@ -95,6 +95,12 @@ class BackwardPlan(_Launched):
     def _arrays_and_ways(self) -> tuple[dict[str, Signature | None], dict[str, bool]]:
         arrays = {**self.forward.inputs, **self.others, **self.gradients}
         return arrays, {"backward": True, "accumulate": self.accumulate, "lean": self.lean}
+
+
+def targets(plan: BackwardPlan, given: Sequence[Any], empty: Callable[[Signature], Any]) -> list[Any]:
+    """Where the gradients go: dq, dk and dv as they are given, those that are None and dsinks new ones of `empty`."""
+    pairs = zip(plan.gradients.values(), (*given, None), strict=False)  # dsinks, the fourth, only with sinks
+    return [empty(like) if array is None else array for like, array in pairs]
 
 
 def head_minor(array: Signature, head_major: bool) -> Signature:

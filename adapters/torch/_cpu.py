@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 import cuflash
-from cuflash.adapters.torch._values import Operands, Options
+from cuflash.adapters.torch._values import DTYPE_NAMES, Operands, Options
+from cuflash.arrays import dtype_of
 
 
 def forward(operands: Operands, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,10 +49,7 @@ def _arrays(tensors: dict[str, torch.Tensor | None]) -> dict[str, Any]:
     return {name: None if tensor is None else _array(name, tensor) for name, tensor in tensors.items()}
 
 
-_DTYPES = {
-    getattr(torch, name): np.dtype(name)
-    for name in ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool", "complex64")
-} | {torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
+_DTYPES = {dtype: dtype_of(name) for dtype, name in DTYPE_NAMES.items()}
 
 
 class _Memory:

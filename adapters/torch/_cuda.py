@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cuflash import api, plans
-from cuflash.adapters.torch._values import Operands, Options
+from cuflash.adapters.torch._values import DTYPE_NAMES, Operands, Options
 from cuflash.arrays import Signature
 from cuflash.cuda.toolchain import import_cupy
 
@@ -54,10 +54,7 @@ def backward(
     if any(target is not None for target in given):
         views = [None if x is None else import_cupy().from_dlpack(x.detach()) for x in (*others, *operands)]
         api.check_overlap(dict(zip(("dq", "dk", "dv"), views[4:7], strict=True)), [*views[:4], *views[7:]])
-    gradients = tuple(
-        _empty(like, operands.q) if target is None else target
-        for like, target in zip(plan.gradients.values(), (*given, None), strict=False)
-    )
+    gradients = tuple(plans.targets(plan, given, lambda like: _empty(like, operands.q)))
     dsinks = gradients[3] if len(gradients) > 3 else None
     _run(plan, operands.q, (*operands[:3], out, dout, *gradients[:3], lse, dlse, dsinks, *operands[3:]), seed)
     return gradients
@@ -85,11 +82,7 @@ def _empty(like: Signature, q: torch.Tensor) -> torch.Tensor:
     return torch.empty(like.shape, dtype=_TORCH[like.dtype], device=q.device)
 
 
-_NAMES = {
-    getattr(torch, name): name
-    for name in ("float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
-}
-_TORCH = {name: dtype for dtype, name in _NAMES.items()}
+_TORCH = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 def _signatures(names: Sequence[str], tensors: Sequence[torch.Tensor | None]) -> list[Signature | None]:
@@ -109,4 +102,4 @@ def _signatures(names: Sequence[str], tensors: Sequence[torch.Tensor | None]) ->
 @lru_cache(maxsize=4096)
 def _signature(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Signature:
     where = f"cuda:{device.index}" if device.type == "cuda" else str(device)
-    return Signature(tuple(shape), strides, _NAMES.get(dtype, str(dtype)), where, True)
+    return Signature(tuple(shape), strides, DTYPE_NAMES.get(dtype, str(dtype)), where, True)

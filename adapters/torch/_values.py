@@ -6,6 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+DTYPE_NAMES = {
+    getattr(torch, name): name
+    for name in (
+        *("float16", "bfloat16", "float32", "float64", "complex64"),
+        *("int8", "int16", "int32", "int64", "uint8", "bool"),
+    )
+}
+
 
 class Operands(NamedTuple):
     """The tensors of a call, in the order in which everything here passes them."""
