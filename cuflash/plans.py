@@ -8,7 +8,6 @@ CuPy's arrays, and the adapters on those of their frameworks.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
@@ -37,15 +36,14 @@ class _Launched:
     problem: Problem
     device: int
     head_major: bool
-    _launches: dict[Any, launch.Plan]
+    _launches: dict[bool, launch.Plan]
 
     def launches(self, aligned: bool) -> launch.Plan:
         """The launches for pointers that are all multiples of 16, or for any; compiled and loaded if new."""
-        key = aligned, os.environ.get("CUFLASH_FORCE_ARCH")
-        found = self._launches.get(key)
-        return self._launch(key) if found is None else found
+        found = self._launches.get(aligned)
+        return self._launch(aligned) if found is None else found
 
-    def _launch(self, key: tuple[bool, str | None]) -> launch.Plan:
+    def _launch(self, aligned: bool) -> launch.Plan:
         from cuflash.cuda import launch  # with CuPy
 
         arrays, how = self._arrays_and_ways()
@@ -54,8 +52,8 @@ class _Launched:
             for name, array in arrays.items()
             if array is not None
         }
-        self._launches[key] = launch.plan(self.problem, layouts, self.device, aligned=key[0], **how)
-        return self._launches[key]
+        self._launches[aligned] = launch.plan(self.problem, layouts, self.device, aligned=aligned, **how)
+        return self._launches[aligned]
 
     def _arrays_and_ways(self) -> tuple[dict[str, Signature | None], dict[str, bool]]:
         raise NotImplementedError
@@ -72,7 +70,7 @@ class ForwardPlan(_Launched):
     inputs: dict[str, Signature | None]  # by INPUTS
     out: Signature
     lse: Signature
-    _launches: dict[Any, launch.Plan] = field(default_factory=dict)
+    _launches: dict[bool, launch.Plan] = field(default_factory=dict)
 
     def _arrays_and_ways(self) -> tuple[dict[str, Signature | None], dict[str, bool]]:
         return {**self.inputs, "out": self.out, "lse": self.lse}, {"backward": False}
@@ -90,7 +88,7 @@ class BackwardPlan(_Launched):
     lean: bool
     others: dict[str, Signature | None]  # dout, out, lse, dlse
     gradients: dict[str, Signature]  # dq, dk, dv and, with sinks, dsinks
-    _launches: dict[Any, launch.Plan] = field(default_factory=dict)
+    _launches: dict[bool, launch.Plan] = field(default_factory=dict)
 
     def _arrays_and_ways(self) -> tuple[dict[str, Signature | None], dict[str, bool]]:
         arrays = {**self.forward.inputs, **self.others, **self.gradients}
@@ -118,6 +116,9 @@ def head_minor(array: Signature, head_major: bool) -> Signature:
 # ---- validation --------------------------------------------------------------------------------------------------
 
 
+_CACHES: list[Any] = []
+
+
 def _remembered(make: Callable[..., Any]) -> Callable[..., Any]:
     """Plans are made once for equal arguments. A list among them cannot be looked up: the validation names it."""
     cached = lru_cache(maxsize=1024, typed=True)(make)
@@ -131,7 +132,14 @@ def _remembered(make: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             return make(*arguments)
 
+    _CACHES.append(cached)
     return remembered
+
+
+def forget() -> None:
+    """Make all plans afresh: for what they depend on but their arguments, which is `CUFLASH_FORCE_ARCH`."""
+    for cached in _CACHES:
+        cached.cache_clear()
 
 
 @_remembered
