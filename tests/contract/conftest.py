@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compile what the collected GPU cases need, in parallel and in their order, from before the first of them on."""
     from cuflash.cuda import toolchain
-    from cuflash.cuda.precompile import in_background
+    from tests.gpu.compilation import in_background
 
     jobs = []
     with pytest.MonkeyPatch.context() as patch:
