@@ -206,9 +206,7 @@ def test_the_bound_of_the_workspace_holds(packed: bool, length: int, dim: int, d
 def test_a_limit_that_is_too_small_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, _ = _inputs(length=4096)
     monkeypatch.setenv("CUFLASH_HOST_CHUNK_MB", "1")
-    with pytest.raises(
-        cuflash.UnsupportedError, match=r"q, k: got 2 query heads .* allows 1 MiB"
-    ):
+    with pytest.raises(cuflash.UnsupportedError, match=r"q, k: got 2 query heads .* allows 1 MiB"):
         cuflash.flash_attention(q, k, v, backend="cuda")
     monkeypatch.setenv("CUFLASH_HOST_CHUNK_MB", "5")
     with pytest.raises(cuflash.UnsupportedError, match=r"dropout_p: got 0\.5 .* one chunk"):
