@@ -18,7 +18,6 @@ import numpy as np
 
 from cuflash import masking
 from cuflash.arrays import Signature
-from cuflash.errors import UnsupportedError
 from cuflash.spec import DTYPES, Problem, Spec
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class ForwardPlan(_Launched):
 
     problem: Problem
     backend: str  # "numpy" or "cuda"
-    device: int  # of a GPU, else -1
+    device: int  # that the arrays are on, of a GPU, else -1: with "cuda" they must be copied to one
     head_major: bool
     inputs: dict[str, Signature | None]  # by INPUTS
     out: Signature
@@ -165,7 +164,7 @@ def forward(
     """Validate a forward, whose arrays look like this; None for those that it does not have. All arguments are those of
     `cuflash.flash_attention`, but for `seeded`, whether there is a seed.
 
-    Raises TypeError, ValueError and UnsupportedError as `cuflash.flash_attention` does.
+    Raises TypeError and ValueError as `cuflash.flash_attention` does.
     """
     check_flag("causal", causal)
     check_flag("deterministic", deterministic)
@@ -391,11 +390,7 @@ def _checked_backend(backend: Any, device: str) -> str:
         if backend == "numpy":
             bad("backend", f"'numpy' with q on {device}", "None or 'cuda' for arrays on a GPU")
         return "cuda"
-    if backend == "cuda":
-        raise UnsupportedError(
-            "backend: got 'cuda' with q in the CPU's memory; copy it to the GPU with cupy.asarray(q)"
-        )
-    return "numpy"
+    return backend or "numpy"
 
 
 def _check_device(name: str, array: Signature, q: Signature) -> None:
