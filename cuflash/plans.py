@@ -118,12 +118,13 @@ def head_minor(array: Signature, head_major: bool) -> Signature:
 _CACHES: list[Any] = []
 
 
-def _remembered(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Plans are made once for equal arguments. A list among them cannot be looked up: the validation names it."""
+def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
+    """For a function that makes plans: one for equal arguments, until `forget`. Where an argument cannot be looked up,
+    such as a list, the function is called: its validation names it."""
     cached = lru_cache(maxsize=1024, typed=True)(make)
 
     @wraps(make)
-    def remembered(*arguments: Any) -> Any:
+    def found(*arguments: Any) -> Any:
         try:
             return cached(*arguments)
         except TypeError as error:
@@ -132,7 +133,7 @@ def _remembered(make: Callable[..., Any]) -> Callable[..., Any]:
             return make(*arguments)
 
     _CACHES.append(cached)
-    return remembered
+    return found
 
 
 def forget() -> None:
@@ -141,7 +142,7 @@ def forget() -> None:
         cached.cache_clear()
 
 
-@_remembered
+@remembered
 def forward(
     q: Signature,
     k: Signature,
@@ -275,7 +276,7 @@ def forward(
     )
 
 
-@_remembered
+@remembered
 def backward(
     dout: Signature,
     out: Signature,

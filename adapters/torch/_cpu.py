@@ -14,10 +14,10 @@ from cuflash.adapters.torch._values import DTYPE_NAMES, Operands, Options
 from cuflash.arrays import dtype_of
 
 
-def forward(operands: Operands, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of `cuflash.flash_attention`."""
+def forward(operands: Operands, options: Options, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out, lse) of `cuflash.flash_attention`; the LSE only if it is wanted."""
     out, lse = cuflash.flash_attention(**_arrays(operands._asdict()), **_options(options), return_lse=True)
-    return _tensor(out), _tensor(lse)
+    return _tensor(out), _tensor(lse) if with_lse else None
 
 
 def backward(

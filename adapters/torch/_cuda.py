@@ -6,7 +6,6 @@ Everything that the adapter knows about CUDA is here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,14 +14,18 @@ from cuflash import api, plans
 from cuflash.adapters.torch._values import DTYPE_NAMES, Operands, Options
 from cuflash.arrays import Signature
 from cuflash.cuda.toolchain import import_cupy
+from cuflash.plans import BackwardPlan, ForwardPlan
 
 
-def forward(operands: Operands, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of `cuflash.flash_attention`."""
-    plan = plans.forward(*_signatures(plans.INPUTS, operands), *_arguments(options))
+def forward(operands: Operands, options: Options, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out, lse) of `cuflash.flash_attention`; the LSE only if it is wanted."""
+    q, k, v, *extras = operands
+    plan = _forward_plan(_described(q), _described(k), _described(v), _all_described(extras), *_arguments(options))
     seed = plans.checked_seed(options.seed)
-    out, lse = _empty(plan.out, operands.q), _empty(plan.lse, operands.q)
-    _run(plan, operands.q, (*operands[:3], out, None, None, None, None, lse, None, None, *operands[3:]), seed)
+    same_shape = plan.out.shape == q.shape
+    out = _empty_like(q) if same_shape else torch.empty(plan.out.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(plan.lse.shape, dtype=torch.float32, device=q.device) if with_lse else None
+    _run(plan, (q, k, v, out, None, None, None, None, lse, None, None, *extras), seed)
     return out, lse
 
 
@@ -42,22 +45,61 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of `cuflash.flash_attention_backward`; given dq, dk and dv come back as the same tensors."""
     given = (dq, dk, dv)
-    others = (dout, out, lse, dlse, *given)
-    plan = plans.backward(
-        *_signatures(("dout", "out", "lse", "dlse", "dq", "dk", "dv"), others),
-        *_signatures(plans.INPUTS, operands),
+    q, k, v, *extras = operands
+    plan = _backward_plan(
+        *(_described(dout), _described(out), _described(lse), _described(dlse), _all_described(given)),
+        *(_described(q), _described(k), _described(v), _all_described(extras)),
         accumulate,
         memory,
         *_arguments(options),
     )
     seed = plans.checked_seed(options.seed)
     if any(target is not None for target in given):
-        views = [None if x is None else import_cupy().from_dlpack(x.detach()) for x in (*others, *operands)]
+        views = [
+            None if x is None else import_cupy().from_dlpack(x.detach())
+            for x in (dout, out, lse, dlse, *given, *operands)
+        ]
         api.check_overlap(dict(zip(("dq", "dk", "dv"), views[4:7], strict=True)), [*views[:4], *views[7:]])
-    gradients = tuple(plans.targets(plan, given, lambda like: _empty(like, operands.q)))
+    gradients = tuple(
+        [
+            _empty_like(x) if target is None else target
+            for x, target in zip((q, k, v, operands.sinks), (*given, None), strict=True)
+            if x is not None
+        ]
+    )
     dsinks = gradients[3] if len(gradients) > 3 else None
-    _run(plan, operands.q, (*operands[:3], out, dout, *gradients[:3], lse, dlse, dsinks, *operands[3:]), seed)
+    _run(plan, (q, k, v, out, dout, *gradients[:3], lse, dlse, dsinks, *extras), seed)
     return gradients
+
+
+def _run(plan: ForwardPlan | BackwardPlan, operands: Sequence[torch.Tensor | None], seed: int) -> None:
+    """Run a plan, its workspace where q is; the operands in the order of cuflash.cuda.launch.OPERANDS."""
+    pointers = tuple([0 if tensor is None else tensor.data_ptr() for tensor in operands])
+    q, k, v, out, dout, dq, dk, dv, *_ = pointers
+    launches = plan.launches((q | k | v | out | dout | dq | dk | dv) % 16 == 0)
+    workspace = 0
+    if launches.workspace:
+        memory = torch.empty(launches.workspace, dtype=torch.uint8, device=operands[0].device)  # type: ignore[union-attr]
+        workspace = memory.data_ptr()
+    launches.run(torch._C._cuda_getCurrentRawStream(plan.device), pointers, workspace, seed)
+
+
+def _empty_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# ---- plans of tensors ----------------------------------------------------------------------------------------------
+
+# What can be said of a tensor without reading it, as torch says it: a plan is looked up by that.
+_Described = tuple[torch.Size, tuple[int, ...], torch.dtype, int, bool, bool]
+
+
+def _described(x: torch.Tensor | None) -> _Described | None:
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.get_device(), x.is_neg(), x.is_conj())
+
+
+def _all_described(tensors: Sequence[torch.Tensor | None]) -> tuple[_Described | None, ...]:
+    return tuple([None if x is None else _described(x) for x in tensors])
 
 
 def _arguments(options: Options) -> tuple[Any, ...]:
@@ -66,40 +108,42 @@ def _arguments(options: Options) -> tuple[Any, ...]:
     return (causal, window_size, scale, softcap, dropout_p, seed is not None, *more)
 
 
-def _run(plan: Any, like: torch.Tensor, operands: Sequence[torch.Tensor | None], seed: int) -> None:
-    """Run a plan, its workspace where `like` is; the operands in the order of cuflash.cuda.launch.OPERANDS."""
-    pointers = tuple([0 if tensor is None else tensor.data_ptr() for tensor in operands])
-    q, k, v, out, dout, dq, dk, dv, *_ = pointers
-    launches = plan.launches((q | k | v | out | dout | dq | dk | dv) % 16 == 0)
-    workspace = 0
-    if launches.workspace:
-        memory = torch.empty(launches.workspace, dtype=torch.uint8, device=like.device)
-        workspace = memory.data_ptr()
-    launches.run(torch._C._cuda_getCurrentRawStream(plan.device), pointers, workspace, seed)
+@plans.remembered
+def _forward_plan(q: Any, k: Any, v: Any, extras: Any, *options: Any) -> ForwardPlan:
+    return plans.forward(*_signatures(plans.INPUTS, (q, k, v, *extras)), *options)
 
 
-def _empty(like: Signature, q: torch.Tensor) -> torch.Tensor:
-    return torch.empty(like.shape, dtype=_TORCH[like.dtype], device=q.device)
+@plans.remembered
+def _backward_plan(
+    dout: Any,
+    out: Any,
+    lse: Any,
+    dlse: Any,
+    given: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    extras: Any,
+    accumulate: Any,
+    memory: Any,
+    *options: Any,
+) -> BackwardPlan:
+    names = ("dout", "out", "lse", "dlse", "dq", "dk", "dv", *plans.INPUTS)
+    signatures = _signatures(names, (dout, out, lse, dlse, *given, q, k, v, *extras))
+    return plans.backward(*signatures, accumulate, memory, *options)
 
 
-_TORCH = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-
-
-def _signatures(names: Sequence[str], tensors: Sequence[torch.Tensor | None]) -> list[Signature | None]:
-    signatures = []
-    for i, x in enumerate(tensors):
-        if x is None:
+def _signatures(names: Sequence[str], described: Sequence[_Described | None]) -> list[Signature | None]:
+    signatures: list[Signature | None] = []
+    for name, description in zip(names, described, strict=True):
+        if description is None:
             signatures.append(None)
             continue
-        if x.is_neg() or x.is_conj():
+        shape, strides, dtype, device, negated, conjugated = description
+        if negated or conjugated:
             raise TypeError(
-                f"{names[i]}: got a tensor of {x.dtype}, lazily negated or conjugated; allowed: its values in memory"
+                f"{name}: got a tensor of {dtype}, lazily negated or conjugated; allowed: its values in memory"
             )
-        signatures.append(_signature(x.shape, x.stride(), x.dtype, x.device))
+        where = "cpu" if device < 0 else f"cuda:{device}"
+        signatures.append(Signature(tuple(shape), strides, DTYPE_NAMES.get(dtype, str(dtype)), where, True))
     return signatures
-
-
-@lru_cache(maxsize=4096)
-def _signature(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Signature:
-    where = f"cuda:{device.index}" if device.type == "cuda" else str(device)
-    return Signature(tuple(shape), strides, DTYPE_NAMES.get(dtype, str(dtype)), where, True)

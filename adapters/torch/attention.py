@@ -113,7 +113,7 @@ def flash_attention(
     elif with_gradients:
         out, lse = _Attention.apply(options, *operands)
     else:
-        out, lse = _call.forward(operands, options)
+        out, lse = _call.forward(operands, options, return_lse)
     return (out, lse) if return_lse else out
 
 

@@ -445,7 +445,7 @@ def test_deterministic_algorithms_are_honoured(device: str, monkeypatch: pytest.
     seen = []
     forward = _call.forward
     monkeypatch.setattr(
-        _call, "forward", lambda x, options: (seen.append(options.deterministic), forward(x, options))[1]
+        _call, "forward", lambda x, options, *more: (seen.append(options.deterministic), forward(x, options, *more))[1]
     )
     q, k, v, _ = operands(device, grad=False)
     attend(q, k, v)
