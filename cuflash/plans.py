@@ -45,8 +45,23 @@ class _Launched:
         found = self._launches.get(key)
         return self._launch(key) if found is None else found
 
+    def steps(self, machine: launch.Machine) -> tuple[launch.Steps, launch.Layouts]:
+        """The launches on a GPU, which need not be here, for pointers that are multiples of 16; and the arrays' layouts
+        as the kernels see them."""
+        from cuflash.cuda import launch
+
+        layouts, how = self._layouts_and_ways()
+        return launch.steps(self.problem, layouts, machine, aligned=True, **how), layouts
+
     def _launch(self, key: tuple[bool, str | None]) -> launch.Plan:
         from cuflash.cuda import launch  # with CuPy
+
+        layouts, how = self._layouts_and_ways()
+        self._launches[key] = launch.plan(self.problem, layouts, self.device, aligned=key[0], **how)
+        return self._launches[key]
+
+    def _layouts_and_ways(self) -> tuple[launch.Layouts, dict[str, bool]]:
+        from cuflash.cuda import launch
 
         arrays, how = self._arrays_and_ways()
         layouts = {
@@ -54,8 +69,7 @@ class _Launched:
             for name, array in arrays.items()
             if array is not None
         }
-        self._launches[key] = launch.plan(self.problem, layouts, self.device, aligned=key[0], **how)
-        return self._launches[key]
+        return layouts, how
 
     def _arrays_and_ways(self) -> tuple[dict[str, Signature | None], dict[str, bool]]:
         raise NotImplementedError
