@@ -63,7 +63,7 @@ _POINTER = struct.Struct("@P")
 # The arrays of a call, in the order in which a Plan takes their pointers, and the parts of the workspace.
 OPERANDS = (*TENSORS, "lse", "dlse", "dsinks", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
 WORKSPACE = ("delta", "tickets", "dq_sum", "dq_turns")
-_ZEROED = WORKSPACE[2:]  # those that must be zeros before the call
+ZEROED = WORKSPACE[2:]  # those that must be zeros before the call
 _WORD = 8  # bytes of a pointer, and of the seed
 _WORDS = {  # of struct Params: where their pointers are
     name: PARAMS_OFFSETS.get(name, PARAMS_OFFSETS.get(f"{name}.data", -1)) // _WORD for name in (*OPERANDS, *WORKSPACE)
@@ -238,7 +238,7 @@ def plan(
         parts[name] = end
         end += -(-size // _ALIGNMENT) * _ALIGNMENT
     loaded = [_Launch(*pair, layouts, parts) for pair in zip(functions, launches, strict=True)]
-    return Plan(device, loaded, end, (parts[_ZEROED[0]], end) if _ZEROED[0] in parts else (0, 0))
+    return Plan(device, loaded, end, (parts[ZEROED[0]], end) if ZEROED[0] in parts else (0, 0))
 
 
 def steps(
