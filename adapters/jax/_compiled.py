@@ -2,7 +2,8 @@
 
 XLA launches the kernels by itself, through jaxlib's `triton_kernel_call_ffi` (`_kernel_call`): pointers are those of
 XLA's buffers, tensor maps are encoded for them at each launch, and everything else is known while JAX lowers a program.
-The parts of the workspace are results of the launch that writes them first and operands of those behind it.
+The maps are parameters of the kernel, so nothing has to be fenced. The parts of the workspace are results of the launch
+that writes them first and operands of those behind it: XLA knows all that a launch depends on.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 from jax.sharding import PartitionSpec
+from jaxlib import version as jaxlib_version
 
 from cuflash.adapters.jax import _kernel_call
 from cuflash.adapters.jax._call import Call, plan_of, signature
@@ -54,11 +56,11 @@ def gpu() -> Gpu:
 
 def obstacle(*, tried_only: bool = True) -> str | None:
     """Why the installed jaxlib cannot launch our kernels, or None; `tried_only` counts being too new to know."""
-    version = tuple(jaxlib.version.__version_info__)
+    version, name = tuple(jaxlib_version.__version_info__), f"jaxlib {jaxlib_version.__version__}"
     if version < _OLDEST:
-        return f"jaxlib {jaxlib.__version__} is older than {'.'.join(map(str, _OLDEST))}"
+        return f"{name} is older than {'.'.join(map(str, _OLDEST))}"
     if tried_only and version >= _UNKNOWN:
-        return f"jaxlib {jaxlib.__version__} was not tried"
+        return f"{name} was not tried"
     return _difference()
 
 
@@ -66,8 +68,7 @@ def obstacle(*, tried_only: bool = True) -> str | None:
 def _difference() -> str | None:
     """How the messages that jaxlib makes differ from those written here, or None."""
     try:
-        from jaxlib import gpu_triton as theirs
-
+        theirs: Any = import_module("jaxlib.gpu_triton")
         arguments = [
             theirs.create_tma_descriptor_parameter(
                 elem_type=9, swizzle=3, shape=[2, 700, 64], strides=[44800, 64, 1], block_shape=[1, 128, 64], oob_fill=0

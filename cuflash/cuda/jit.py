@@ -151,7 +151,7 @@ def cubin(name: str, spec: Spec, tile: Tile, target: Target, flat: str = "") -> 
     return _CUBINS.get((name, spec, tile, target, flat), lambda: _cubin(name, spec, tile, target, flat))
 
 
-def _cubin(kernel: str, spec: Spec, tile: Tile, target: Target, flat: str) -> bytes:
+def _cubin(kernel: str, spec: Spec, tile: Tile, target: Target, flat: str = "") -> bytes:
     """The cubin of one variant: precompiled, from the cache, or compiled now and kept there."""
     key = cache.key(source(kernel, spec, tile, flat), options(target))
     if not os.environ.get("CUFLASH_DUMP"):

@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 from cuflash.adapters.jax import _compiled, _gpu, _kernel_call, _route, flash_attention  # noqa: E402
 from cuflash.cuda import flat, jit, launch  # noqa: E402
 from cuflash.cuda.toolchain import Target, resources  # noqa: E402
+from cuflash.demo import doctor, machine  # noqa: E402
 
 HOPPER = _compiled.Gpu((9, 0), launch.Machine(Target.named("sm_90a"), 132, 232448))
 AMPERE = _compiled.Gpu((8, 0), launch.Machine(Target.named("sm_80"), 108, 166912))
@@ -351,7 +352,7 @@ def test_gpus_that_differ_are_served_by_the_handler(monkeypatch: pytest.MonkeyPa
     [((0, 11, 1), "is older than 0.11.2"), ((0, 99, 0), "was not tried"), ((0, 11, 2), "lacks what it takes")],
 )
 def test_versions_of_jaxlib(monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...], reason: str):
-    monkeypatch.setattr(_compiled.jaxlib.version, "__version_info__", version)
+    monkeypatch.setattr(_compiled.jaxlib_version, "__version_info__", version)
     monkeypatch.setattr(_compiled, "_difference", lambda: "jaxlib's GPU plugin lacks what it takes (...)")
     assert reason in (_compiled.obstacle() or "")
 
@@ -364,6 +365,14 @@ def test_a_jaxlib_without_a_gpu_plugin_lacks_what_it_takes(monkeypatch: pytest.M
     _compiled._difference.cache_clear()
     assert "lacks what it takes" in (_compiled._difference() or "")
     _compiled._difference.cache_clear()
+
+
+@pytest.mark.parametrize("obstacle", [None, "there is no GPU"])
+def test_doctor_names_the_route(monkeypatch: pytest.MonkeyPatch, obstacle: str | None):
+    monkeypatch.setattr(machine, "gpu_obstacle", lambda: obstacle)
+    monkeypatch.setenv(_route.VARIABLE, "handler")
+    named = "on a GPU by the handler route: CUFLASH_JAX_ROUTE asks for it" in doctor.jax_arrays().text
+    assert named == (obstacle is None)
 
 
 # ---- on a GPU, by both routes ------------------------------------------------------------------------------------
