@@ -559,9 +559,6 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
                 store_output(p, O_map, smem, finished, warp_row, scale, O);
                 pending = false;
             }
-            barrier_wait(smem.V_full(previous.stage), previous.parity);
-            wgmma_fence();
-            issue_output(O, P_even, smem.V(previous.stage), !first);
             if (crosses) {
                 finished = task;
                 pending = true;
@@ -570,6 +567,9 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
                 tile = tiles.first - 1;  // not `else ++tile`: ptxas would take the tile for one that differs in a warp
             }
             ++tile;
+            barrier_wait(smem.V_full(previous.stage), previous.parity);
+            wgmma_fence();
+            issue_output(O, P_even, smem.V(previous.stage), !first);
             wgmma_wait<1>();
             pin(S);
             bool moved = false;

@@ -88,7 +88,11 @@ def flash_attention(
         terms).
     layout : "bshd" or "bhsd"
     backend : None, "numpy" or "cuda"
-        None chooses by where the arrays are.
+        None chooses by where the arrays are. "cuda" with arrays in the CPU's memory computes on the current GPU and
+        gives NumPy arrays: batch entries and heads go through it in chunks, copies beside kernels, so that inputs may
+        be larger than its memory. The call returns when the results are there, which waits for its own streams, and
+        starts on the GPU after what the current stream has to do. CUFLASH_HOST_CHUNK_MB bounds the device memory of a
+        chunk, of which there are two at a time. With dropout, all must fit into one chunk.
 
     Returns
     -------
@@ -126,16 +130,19 @@ def flash_attention(
         )
     check_flag("return_lse", return_lse)
     inputs, signatures = _inputs(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
-    plan: ForwardPlan = plans.forward(
-        *signatures,
+    options = (
         *(causal, window_size, scale, softcap, dropout_p, seed is not None, deterministic, allow_tf32, layout, backend),
     )
+    plan: ForwardPlan = plans.forward(*signatures, *options)
     seed = plans.checked_seed(seed)
-    if plan.backend == "cuda":
+    if plan.device >= 0:
         out, lse = _cuda().forward(plan, inputs, seed, return_lse)
+    elif plan.backend == "cuda":
+        _check_values(plan, inputs)
+        out, lse = _cuda_from_host().forward(plan, inputs, options, seed, return_lse)
     else:
         _check_values(plan, inputs)
-        out, lse = (_empty(result) for result in (plan.out, plan.lse))
+        out, lse = (arrays.empty(result) for result in (plan.out, plan.lse))
         problem, (q_, k_, v_), extras = _for_numpy(plan, inputs, seed)
         numpy_backend.forward(problem, q_, k_, v_, _head_minor(plan, out), lse, extras)
     return (arrays.like(out, q), arrays.like(lse, q)) if return_lse else arrays.like(out, q)
@@ -192,7 +199,9 @@ def flash_attention_backward(
         "lean" asks for the least workspace: one float32 a query row. "fast" may take one float32 an element of q
         besides, where that is faster. (NumPy has one way, which is lean.)
 
-    The other parameters and the errors are those of `flash_attention`.
+    The other parameters and the errors are those of `flash_attention`. Arrays in the CPU's memory with backend="cuda"
+    go through the GPU in chunks as they do there, those given for the gradients too; an error of the GPU on the way
+    leaves these partly written.
 
     Returns
     -------
@@ -230,20 +239,23 @@ def flash_attention_backward(
         )
     others = _operands(("dout", "out", "lse", "dlse", "dq", "dk", "dv"), (dout, out, lse, dlse, dq, dk, dv), 3)
     inputs, signatures = _inputs(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
-    plan: BackwardPlan = plans.backward(
-        *[None if array is None else arrays.signature(array) for array in others],
-        *signatures,
-        *(accumulate, memory, causal, window_size, scale, softcap, dropout_p, seed is not None, deterministic),
-        *(allow_tf32, layout, backend),
+    options = (
+        *(causal, window_size, scale, softcap, dropout_p, seed is not None, deterministic, allow_tf32, layout, backend),
     )
+    signatures = (*[None if array is None else arrays.signature(array) for array in others], *signatures)
+    plan: BackwardPlan = plans.backward(*signatures, accumulate, memory, *options)
     seed = plans.checked_seed(seed)
     dout_, out_, lse_, dlse_, *given = others
     check_overlap(dict(zip(("dq", "dk", "dv"), given, strict=True)), (dout_, out_, lse_, dlse_, *inputs))
-    if plan.forward.backend == "cuda":
-        targets = _cuda().backward(plan, (dout_, out_, lse_, dlse_, *inputs), given, seed)
+    operands = (dout_, out_, lse_, dlse_, *inputs)
+    if plan.device >= 0:
+        targets = _cuda().backward(plan, operands, given, seed)
+    elif plan.forward.backend == "cuda":
+        _check_values(plan.forward, inputs)
+        targets = _cuda_from_host().backward(plan, operands, given, options, seed)
     else:
         _check_values(plan.forward, inputs)
-        targets = plans.targets(plan, given, _empty)
+        targets = plans.targets(plan, given, arrays.empty)
         problem, (q_, k_, v_), extras = _for_numpy(plan.forward, inputs, seed)
         dout_, out_, dq_, dk_, dv_ = (_head_minor(plan.forward, array) for array in (dout_, out_, *targets[:3]))
         dsinks = targets[3] if len(targets) > 3 else None
@@ -321,8 +333,11 @@ def _cuda() -> Any:
     return launch
 
 
-def _empty(result: Signature) -> np.ndarray:
-    return np.empty(result.shape, arrays.dtype_of(result.dtype))
+def _cuda_from_host() -> Any:
+    """The launches for arrays in the CPU's memory."""
+    from cuflash.cuda import host_arrays
+
+    return host_arrays
 
 
 def _head_minor(plan: ForwardPlan, array: Any) -> Any:

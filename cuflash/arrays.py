@@ -90,6 +90,11 @@ def dtype_of(name: str) -> np.dtype:
     return _BFLOAT16 if name == "bfloat16" else np.dtype(name)
 
 
+def empty(like: Signature) -> np.ndarray:
+    """A new NumPy array of this shape and dtype."""
+    return np.empty(like.shape, dtype_of(like.dtype))
+
+
 # ---- DLPack ------------------------------------------------------------------------------------------------------
 
 

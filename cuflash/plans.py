@@ -8,7 +8,6 @@ CuPy's arrays, and the adapters on those of their frameworks.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
@@ -19,7 +18,6 @@ import numpy as np
 
 from cuflash import masking
 from cuflash.arrays import Signature
-from cuflash.errors import UnsupportedError
 from cuflash.spec import DTYPES, Problem, Spec
 
 if TYPE_CHECKING:
@@ -37,13 +35,12 @@ class _Launched:
     problem: Problem
     device: int
     head_major: bool
-    _launches: dict[Any, launch.Plan]
+    _launches: dict[bool, launch.Plan]
 
     def launches(self, aligned: bool) -> launch.Plan:
         """The launches for pointers that are all multiples of 16, or for any; compiled and loaded if new."""
-        key = aligned, os.environ.get("CUFLASH_FORCE_ARCH")
-        found = self._launches.get(key)
-        return self._launch(key) if found is None else found
+        found = self._launches.get(aligned)
+        return self._launch(aligned) if found is None else found
 
     def steps(self, machine: launch.Machine) -> tuple[launch.Steps, launch.Layouts]:
         """The launches on a GPU, which need not be here, for pointers that are multiples of 16; and the arrays' layouts
@@ -53,12 +50,12 @@ class _Launched:
         layouts, how = self._layouts_and_ways()
         return launch.steps(self.problem, layouts, machine, aligned=True, **how), layouts
 
-    def _launch(self, key: tuple[bool, str | None]) -> launch.Plan:
+    def _launch(self, aligned: bool) -> launch.Plan:
         from cuflash.cuda import launch  # with CuPy
 
         layouts, how = self._layouts_and_ways()
-        self._launches[key] = launch.plan(self.problem, layouts, self.device, aligned=key[0], **how)
-        return self._launches[key]
+        self._launches[aligned] = launch.plan(self.problem, layouts, self.device, aligned=aligned, **how)
+        return self._launches[aligned]
 
     def _layouts_and_ways(self) -> tuple[launch.Layouts, dict[str, bool]]:
         from cuflash.cuda import launch
@@ -81,12 +78,12 @@ class ForwardPlan(_Launched):
 
     problem: Problem
     backend: str  # "numpy" or "cuda"
-    device: int  # of a GPU, else -1
+    device: int  # that the arrays are on, of a GPU, else -1: with "cuda" they must be copied to one
     head_major: bool
     inputs: dict[str, Signature | None]  # by INPUTS
     out: Signature
     lse: Signature
-    _launches: dict[Any, launch.Plan] = field(default_factory=dict)
+    _launches: dict[bool, launch.Plan] = field(default_factory=dict)
 
     def _arrays_and_ways(self) -> tuple[dict[str, Signature | None], dict[str, bool]]:
         return {**self.inputs, "out": self.out, "lse": self.lse}, {"backward": False}
@@ -104,7 +101,7 @@ class BackwardPlan(_Launched):
     lean: bool
     others: dict[str, Signature | None]  # dout, out, lse, dlse
     gradients: dict[str, Signature]  # dq, dk, dv and, with sinks, dsinks
-    _launches: dict[Any, launch.Plan] = field(default_factory=dict)
+    _launches: dict[bool, launch.Plan] = field(default_factory=dict)
 
     def _arrays_and_ways(self) -> tuple[dict[str, Signature | None], dict[str, bool]]:
         arrays = {**self.forward.inputs, **self.others, **self.gradients}
@@ -132,6 +129,9 @@ def head_minor(array: Signature, head_major: bool) -> Signature:
 # ---- validation --------------------------------------------------------------------------------------------------
 
 
+_CACHES: list[Any] = []
+
+
 def _remembered(make: Callable[..., Any]) -> Callable[..., Any]:
     """Plans are made once for equal arguments. A list among them cannot be looked up: the validation names it."""
     cached = lru_cache(maxsize=1024, typed=True)(make)
@@ -145,7 +145,14 @@ def _remembered(make: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             return make(*arguments)
 
+    _CACHES.append(cached)
     return remembered
+
+
+def forget() -> None:
+    """Make all plans afresh: for what they depend on but their arguments, which is `CUFLASH_FORCE_ARCH`."""
+    for cached in _CACHES:
+        cached.cache_clear()
 
 
 @_remembered
@@ -171,7 +178,7 @@ def forward(
     """Validate a forward, whose arrays look like this; None for those that it does not have. All arguments are those of
     `cuflash.flash_attention`, but for `seeded`, whether there is a seed.
 
-    Raises TypeError, ValueError and UnsupportedError as `cuflash.flash_attention` does.
+    Raises TypeError and ValueError as `cuflash.flash_attention` does.
     """
     check_flag("causal", causal)
     check_flag("deterministic", deterministic)
@@ -397,11 +404,7 @@ def _checked_backend(backend: Any, device: str) -> str:
         if backend == "numpy":
             bad("backend", f"'numpy' with q on {device}", "None or 'cuda' for arrays on a GPU")
         return "cuda"
-    if backend == "cuda":
-        raise UnsupportedError(
-            "backend: got 'cuda' with q in the CPU's memory; copy it to the GPU with cupy.asarray(q)"
-        )
-    return "numpy"
+    return backend or "numpy"
 
 
 def _check_device(name: str, array: Signature, q: Signature) -> None:

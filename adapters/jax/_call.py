@@ -112,6 +112,8 @@ def plan_of(arrays: Mapping[str, Signature], options: Options) -> ForwardPlan | 
         if options.memory not in plans.MEMORY:
             plans.bad("memory", repr(options.memory), f"one of {plans.MEMORY}")
     plans.checked_seed(options.seed)
+    if options.backend == "cuda" and plan.device < 0:
+        raise UnsupportedError("backend: got 'cuda' with arrays on JAX's CPU; place them on a GPU with jax.device_put")
     return plan
 
 

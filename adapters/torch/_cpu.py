@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 import cuflash
+from cuflash import UnsupportedError
 from cuflash.adapters.torch._values import DTYPE_NAMES, Operands, Options
 from cuflash.arrays import dtype_of
 
 
 def forward(operands: Operands, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of `cuflash.flash_attention`."""
-    out, lse = cuflash.flash_attention(**_arrays(operands._asdict()), **options._asdict(), return_lse=True)
+    out, lse = cuflash.flash_attention(**_arrays(operands._asdict()), **_options(options), return_lse=True)
     return _tensor(out), _tensor(lse)
 
 
@@ -37,12 +38,18 @@ def backward(
     given = {"dq": dq, "dk": dk, "dv": dv}
     tensors = {"dout": dout, **operands._asdict(), "out": out, "lse": lse, "dlse": dlse, **given}
     gradients = cuflash.flash_attention_backward(
-        **_arrays(tensors), **options._asdict(), accumulate=accumulate, memory=memory
+        **_arrays(tensors), **_options(options), accumulate=accumulate, memory=memory
     )
     targets = (*given.values(), None)
     return tuple(
         _tensor(array) if target is None else target for array, target in zip(gradients, targets, strict=False)
     )
+
+
+def _options(options: Options) -> dict[str, Any]:
+    if options.backend == "cuda":
+        raise UnsupportedError("backend: got 'cuda' with q in the CPU's memory; copy it to the GPU with q.cuda()")
+    return options._asdict()
 
 
 def _arrays(tensors: dict[str, torch.Tensor | None]) -> dict[str, Any]:

@@ -307,6 +307,19 @@ def machine(device: int) -> Machine:
     return Machine(toolchain.device_target(device), *_limits(device))
 
 
+def workspace_bound(problem: Problem, *, lean: bool) -> int:
+    """The most workspace in bytes that a backward needs, whichever kernels serve it; nothing is compiled for it."""
+    spec = replace(problem.spec, lean=lean, deterministic=problem.spec.deterministic and not lean)
+    sizes = [4 * problem.statistics, 4]
+    kernels = tuning.kernels_of(spec, backward=True, hopper=tuning.has_hopper(spec, backward=True))
+    if "backward_finish" in kernels:
+        hopper, finish = (tuning.tile_of(name, spec, 900, 16) for name in ("backward_hopper", "backward_finish"))
+        q_tiles = _tiles(problem, problem.q_len, hopper.rows) * hopper.rows // finish.rows
+        pieces = problem.batch * problem.heads * q_tiles * -(-spec.head_dim // finish.cols)
+        sizes += [4 * pieces * finish.rows * finish.cols, 4 * pieces if spec.deterministic else 0]
+    return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
+
+
 # ---- on CuPy arrays ----------------------------------------------------------------------------------------------
 
 

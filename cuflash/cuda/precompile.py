@@ -110,15 +110,3 @@ def precompile(
         failed=tuple(failed),
         seconds=time.perf_counter() - start,
     )
-
-
-def in_background(jobs: Iterable[Job], workers: int | None = None) -> ThreadPoolExecutor:
-    """Start to compile what this process will call, in this order; a call waits for its own kernels alone.
-
-    A job that fails says so where its kernel is called. `shutdown(cancel_futures=True)` of what is returned stops all
-    but those in the compiler.
-    """
-    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
-    for job in dict.fromkeys(jobs):
-        pool.submit(jit.cubin, *job)
-    return pool

@@ -101,11 +101,24 @@ def capability(device: int) -> tuple[int, int]:
     try:
         digits = cupy.cuda.Device(device).compute_capability  # "75", "120"
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise UnsupportedError(
-            f"no usable CUDA device {device}: {error}. The CUDA backend needs an NVIDIA GPU and a driver as new as the "
-            f"installed CuPy's CUDA; backend='numpy' runs on the CPU."
-        ) from error
+        raise _unusable(f"device {device}", error) from error
     return int(digits[:-1]), int(digits[-1])
+
+
+def current_device() -> int:
+    """The number of the current CUDA device, or an UnsupportedError where no GPU is usable."""
+    cupy = import_cupy()
+    try:
+        return cupy.cuda.runtime.getDevice()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise _unusable("device", error) from error
+
+
+def _unusable(device: str, error: Exception) -> UnsupportedError:
+    return UnsupportedError(
+        f"no usable CUDA {device}: {error}. The CUDA backend needs an NVIDIA GPU and a driver as new as the "
+        f"installed CuPy's CUDA; backend='numpy' runs on the CPU."
+    )
 
 
 def import_cupy() -> ModuleType:

@@ -300,6 +300,12 @@ def test_lowering_for_a_gpu_needs_one():
         traced.lower(lowering_platforms=("cuda",))
 
 
+def test_the_cuda_backend_takes_no_arrays_of_the_cpu():
+    q = jax.device_put(np.zeros((1, 4, 2, 8), np.float32), jax.devices("cpu")[0])
+    with pytest.raises(cuflash.UnsupportedError, match=r"backend: got 'cuda'.*jax\.device_put"):
+        cuflash.flash_attention(q, q, q, backend="cuda")
+
+
 # ---- vmap --------------------------------------------------------------------------------------------------------
 
 EXAMPLES = 3

@@ -148,6 +148,24 @@ def _cupy(arch: str, *dtypes: str) -> Backend:
     )
 
 
+def in_smallest_chunks(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A public function on the GPU with NumPy arrays, in as many chunks as there are: the limit is the first power of
+    two that the call accepts."""
+
+    def called(*arrays: Any, **options: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            for exponent in range(-10, 10):
+                patch.setenv("CUFLASH_HOST_CHUNK_MB", str(2.0**exponent))
+                try:
+                    return function(*arrays, backend="cuda", **options)
+                except cuflash.UnsupportedError as error:
+                    if "CUFLASH_HOST_CHUNK_MB allows" not in str(error):
+                        raise
+        raise AssertionError("no limit is large enough")
+
+    return called
+
+
 def to_torch(array: np.ndarray, device: str = "cpu") -> Any:
     """The same values as a torch tensor, in the same surroundings, at the same strides unless one is negative."""
     import torch
@@ -238,6 +256,18 @@ BACKENDS = [
     _cupy("native", "float16", "bfloat16", "float32"),
     _cupy("sm_80", "float16", "bfloat16", "float32"),
     _cupy("sm_75", "float16"),
+    Backend(
+        name="numpy on cuda",
+        array=lambda x: x,
+        numpy=lambda x: x,
+        forward=in_smallest_chunks(cuflash.flash_attention),
+        backward=in_smallest_chunks(cuflash.flash_attention_backward),
+        dtypes=("float16", "bfloat16", "float32"),
+        marks=(pytest.mark.gpu,),
+        memory=memory_of,
+        forced_arch="",
+        arithmetic=tensor_core_error,
+    ),
 ]
 
 if importlib.util.find_spec("torch") is not None:

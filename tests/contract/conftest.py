@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuflash import tuning
+from cuflash import plans, tuning
 from cuflash.spec import Spec
 from tests.contract.backends import BACKENDS, Backend
 from tests.contract.cases import CASES, DTYPES, Case, Inputs, make_inputs
@@ -18,12 +18,15 @@ from tests.contract.expected import Expected, expected_backward, expected_forwar
 
 
 @pytest.fixture(params=[pytest.param(backend, id=backend.name, marks=backend.marks) for backend in BACKENDS])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     chosen = request.param
     if chosen.forced_arch is not None:
         request.getfixturevalue("compiled")
         monkeypatch.setenv("CUFLASH_FORCE_ARCH", chosen.forced_arch)
-    return chosen
+        plans.forget()
+    yield chosen
+    if chosen.forced_arch is not None:
+        plans.forget()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -50,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compile what the collected GPU cases need, in parallel and in their order, from before the first of them on."""
     from cuflash.cuda import toolchain
-    from cuflash.cuda.precompile import in_background
+    from tests.gpu.compilation import in_background
 
     jobs = []
     with pytest.MonkeyPatch.context() as patch:

@@ -16,7 +16,8 @@ _MASKS = ({}, {"bounded_right": True}, {"bounded_left": True, "bounded_right": T
 def compiled() -> Iterator[None]:
     """What most tests need; a few compile a kernel of their own."""
     from cuflash.cuda import toolchain
-    from cuflash.cuda.precompile import in_background, jobs_of
+    from cuflash.cuda.precompile import jobs_of
+    from tests.gpu.compilation import in_background
 
     specs = [Spec(dtype="float16", head_dim=d, head_dim_v=d, **m) for d, m in product((64, 128, 256), _MASKS)]
     specs += [Spec(dtype="bfloat16", head_dim=d, head_dim_v=d, bounded_right=True) for d in (64, 128)]

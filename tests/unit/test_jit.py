@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from cuflash.cuda import cache, jit, toolchain
-from cuflash.cuda.precompile import in_background, precompile
+from cuflash.cuda.precompile import precompile
 from cuflash.cuda.toolchain import KernelCompileError, Target
 from cuflash.errors import UnsupportedError
 from cuflash.spec import DTYPES, Spec, Tile
@@ -689,15 +689,6 @@ def test_precompiled_folders_hold_what_kernels_look_for(
     monkeypatch.setattr(jit, "compile_cubin", None)  # nothing is left to compile
     for job in jobs[:2]:
         assert jit.kernel(*job)[0].startswith(b"\x7fELF")
-
-
-def test_calls_wait_for_what_is_compiled_in_the_background(stand_in: StandIn) -> None:
-    jobs = [(*VARIANT[:2], Tile(rows=rows, cols=32), TARGET) for rows in (16, 32, 48, 64)]
-    pool = in_background([*jobs, jobs[0]], workers=2)
-    for job in reversed(jobs):
-        assert jit.kernel(*job)[0] == jit.cubin(*job)
-    pool.shutdown()
-    assert len(stand_in.compiled) == len(set(stand_in.compiled)) == 4, "each once, whoever asked first"
 
 
 @pytest.mark.usefixtures("compiler")
