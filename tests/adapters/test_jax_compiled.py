@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -373,6 +374,12 @@ def test_doctor_names_the_route(monkeypatch: pytest.MonkeyPatch, obstacle: str |
     monkeypatch.setenv(_route.VARIABLE, "handler")
     named = "on a GPU by the handler route: CUFLASH_JAX_ROUTE asks for it" in doctor.jax_arrays().text
     assert named == (obstacle is None)
+
+
+def test_messages_have_the_form_of_the_installed_jaxlib():
+    if not hasattr(import_module("jaxlib.gpu_triton"), "create_tma_descriptor_parameter"):
+        pytest.skip("the installed jaxlib has no GPU plugin whose kernel calls take tensor maps")
+    assert _compiled._difference() is None
 
 
 # ---- on a GPU, by both routes ------------------------------------------------------------------------------------
