@@ -20,7 +20,7 @@ __device__ __forceinline__ void store_columns(Out* target, const float (&x)[8], 
     columns = sum;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) backward_finish(const __grid_constant__ Params p) {
+KERNEL(backward_finish, 0)(ARGUMENT(Params) p) {
     // The pieces of a head in turn, those across its columns fastest.
     const long long piece = blockIdx.x;
     const int panel = piece % (D / 64), block = piece / (D / 64) % p.q_tiles;

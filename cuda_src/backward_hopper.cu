@@ -247,10 +247,8 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    backward_hopper(const __grid_constant__ Params p, const __grid_constant__ TensorMap Q_map,
-                    const __grid_constant__ TensorMap K_map, const __grid_constant__ TensorMap V_map,
-                    const __grid_constant__ TensorMap dO_map) {
+KERNEL(backward_hopper, 1)(ARGUMENT(Params) p, ARGUMENT(TensorMap) Q_map, ARGUMENT(TensorMap) K_map,
+                           ARGUMENT(TensorMap) V_map, ARGUMENT(TensorMap) dO_map) {
     extern __shared__ __align__(1024) unsigned char smem_start[];
     const Layout smem(shared_address(smem_start));
     // Math warps, the warp of statistics and those that add dQ; all math warps share a slot.

@@ -220,10 +220,8 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Lay
     store_gradient<SPEC.head_dim>(p.dq, p.dq_float32, sequence.batch, row, head, rows, 0, dQ, p.scale, p.accumulate);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    backward_hopper_dq(const __grid_constant__ Params p, const __grid_constant__ TensorMap Q_map,
-                       const __grid_constant__ TensorMap K_map, const __grid_constant__ TensorMap V_map,
-                       const __grid_constant__ TensorMap dO_map) {
+KERNEL(backward_hopper_dq, 1)(ARGUMENT(Params) p, ARGUMENT(TensorMap) Q_map, ARGUMENT(TensorMap) K_map,
+                              ARGUMENT(TensorMap) V_map, ARGUMENT(TensorMap) dO_map) {
     extern __shared__ __align__(1024) unsigned char smem_start[];
     const Layout smem(shared_address(smem_start));
     if (threadIdx.x == 0) {

@@ -17,8 +17,7 @@ constexpr int Q_BYTES = TILE.rows * row_pitch(D), DO_BYTES = TILE.rows * row_pit
 constexpr int STATISTIC_BYTES = TILE.rows * 4;
 constexpr int STAGE_BYTES = Q_BYTES + DO_BYTES + 2 * STATISTIC_BYTES;
 
-extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks)
-    backward_portable_dkv(const __grid_constant__ Params p) {
+KERNEL(backward_portable_dkv, TILE.blocks)(ARGUMENT(Params) p) {
     extern __shared__ __align__(16) unsigned char smem[];
     const unsigned int K_smem = shared_address(smem);
     const unsigned int V_smem = K_smem + K_BYTES;

@@ -13,8 +13,7 @@ constexpr int N = TILE.cols / 8;  // across S
 constexpr int SLICE = padded_dim(D) / TILE.split;
 constexpr int Q_BYTES = TILE.rows * row_pitch(D), DO_BYTES = TILE.rows * row_pitch(DV);
 
-extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks)
-    backward_portable_dq(const __grid_constant__ Params p) {
+KERNEL(backward_portable_dq, TILE.blocks)(ARGUMENT(Params) p) {
     extern __shared__ __align__(16) unsigned char smem[];
     const unsigned int Q_smem = shared_address(smem);
     const unsigned int dO_smem = Q_smem + Q_BYTES;

@@ -20,7 +20,7 @@ struct alignas(TILE.vector) Piece {
     Element x[WIDTH];
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS) backward_prepare(const __grid_constant__ Params p) {
+KERNEL(backward_prepare, 0)(ARGUMENT(Params) p) {
     if (blockIdx.x == 0 && threadIdx.x == 0) *p.tickets = 0;
     const unsigned int tokens = (SPEC.packed ? 1u : p.batch) * static_cast<unsigned int>(p.q_len);
     const unsigned int first = blockIdx.x * TILE.rows;

@@ -3,7 +3,7 @@
 #include "schedule.cuh"
 #include "scores.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) backward_sinks(const __grid_constant__ Params p) {
+KERNEL(backward_sinks, TILE.blocks)(ARGUMENT(Params) p) {
     __shared__ float partial[TILE.warps];
     const int head = blockIdx.x;
     const float sink = load_scalar(p.sinks, head * p.sinks_stride, p.sinks_float32);

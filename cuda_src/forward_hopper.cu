@@ -674,10 +674,8 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
     if (TILE.staged && lane == 0) bulk_wait_read();  // before this shared memory becomes another block's
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    forward_hopper(const __grid_constant__ Params p, const __grid_constant__ TensorMap Q_map,
-                   const __grid_constant__ TensorMap K_map, const __grid_constant__ TensorMap V_map,
-                   const __grid_constant__ TensorMap O_map) {
+KERNEL(forward_hopper, 1)(ARGUMENT(Params) p, ARGUMENT(TensorMap) Q_map, ARGUMENT(TensorMap) K_map,
+                          ARGUMENT(TensorMap) V_map, ARGUMENT(TensorMap) O_map) {
     extern __shared__ __align__(1024) unsigned char smem_start[];
     const Layout smem{shared_address(smem_start)};
     if (threadIdx.x == 0) {

@@ -17,7 +17,7 @@ constexpr int SLICE = padded_dim(DV) / TILE.split;
 constexpr int N_OUT = SLICE / 8;  // and across a slice of O
 constexpr int Q_BYTES = TILE.rows * row_pitch(D);
 
-extern "C" __global__ void __launch_bounds__(THREADS, TILE.blocks) forward_portable(const __grid_constant__ Params p) {
+KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     extern __shared__ __align__(16) unsigned char smem[];
     const unsigned int Q_smem = shared_address(smem);
     const unsigned int KV_smem = Q_smem + Q_BYTES;

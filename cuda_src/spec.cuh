@@ -37,6 +37,19 @@ struct Tile {
 #include "variant.cuh"
 
 constexpr int THREADS = 32 * TILE.warps;
+
+// KERNEL(name, blocks)(ARGUMENT(Params) p, ...) heads a kernel of which `blocks` must fit on a multiprocessor (0: no
+// such bound). Its arguments are passed by value; with CUFLASH_FLAT it is a function for the entry that
+// cuflash/cuda/flat.py renders behind the source, for callers that pass every field of Params by itself.
+#ifdef CUFLASH_FLAT
+#define KERNEL(name, blocks)       \
+    constexpr int BLOCKS = blocks; \
+    __device__ __forceinline__ void name
+#define ARGUMENT(Type) const Type&
+#else
+#define KERNEL(name, blocks) extern "C" __global__ void __launch_bounds__(THREADS, blocks) name
+#define ARGUMENT(Type) const __grid_constant__ Type
+#endif
 constexpr float MINUS_INFINITY = __builtin_bit_cast(float, 0xFF800000u);
 
 __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }

@@ -42,8 +42,23 @@ class _Launched:
         found = self._launches.get(aligned)
         return self._launch(aligned) if found is None else found
 
+    def steps(self, machine: launch.Machine) -> tuple[launch.Steps, launch.Layouts]:
+        """The launches on a GPU, which need not be here, for pointers that are multiples of 16; and the arrays' layouts
+        as the kernels see them."""
+        from cuflash.cuda import launch
+
+        layouts, how = self._layouts_and_ways()
+        return launch.steps(self.problem, layouts, machine, aligned=True, **how), layouts
+
     def _launch(self, aligned: bool) -> launch.Plan:
         from cuflash.cuda import launch  # with CuPy
+
+        layouts, how = self._layouts_and_ways()
+        self._launches[aligned] = launch.plan(self.problem, layouts, self.device, aligned=aligned, **how)
+        return self._launches[aligned]
+
+    def _layouts_and_ways(self) -> tuple[launch.Layouts, dict[str, bool]]:
+        from cuflash.cuda import launch
 
         arrays, how = self._arrays_and_ways()
         layouts = {
@@ -51,8 +66,7 @@ class _Launched:
             for name, array in arrays.items()
             if array is not None
         }
-        self._launches[aligned] = launch.plan(self.problem, layouts, self.device, aligned=aligned, **how)
-        return self._launches[aligned]
+        return layouts, how
 
     def _arrays_and_ways(self) -> tuple[dict[str, Signature | None], dict[str, bool]]:
         raise NotImplementedError

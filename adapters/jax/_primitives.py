@@ -21,8 +21,9 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cuflash.adapters.jax import _gpu, _handler
+from cuflash.adapters.jax import _compiled, _gpu, _handler
 from cuflash.adapters.jax._call import Call, plan_of, results_of, signature
+from cuflash.adapters.jax._route import route
 from cuflash.arrays import Signature, dtype_of
 from cuflash.errors import UnsupportedError
 
@@ -120,8 +121,11 @@ def _lower(device: str, context: Any, *arrays: Any, call: Call) -> Any:
 def _launch(call: Call, on_gpu: bool, *arrays: Any) -> tuple[Any, ...]:
     """A call on the arrays of one device. On a GPU its kernels are compiled here, and XLA allocates its workspace."""
     operands = [jax.typeof(array) for array in arrays]
-    text = call.text(operands)
     types = result_types(call, *operands)
+    found = route().gpu if on_gpu else None
+    if found is not None:
+        return _compiled.launch(call, found, types, *arrays)
+    text = call.text(operands)
     workspace = _gpu.prepare(text) if on_gpu else 0
     if workspace:
         sharding = types[0].sharding.update(spec=P(None))

@@ -41,10 +41,14 @@ _INCLUDE = re.compile(r'\s*#\s*include\s+"([^"]+)"\s*(//.*)?$')
 _PRAGMA_ONCE = re.compile(r"\s*#\s*pragma\s+once\b")
 
 
-def source(kernel: str, spec: Spec, tile: Tile) -> str:
-    """The complete text that is compiled: its own headers in place, SPEC and TILE where it includes variant.cuh."""
+def source(kernel: str, spec: Spec, tile: Tile, flat: str = "") -> str:
+    """The complete text that is compiled: its own headers in place, SPEC and TILE where it includes variant.cuh.
+
+    `flat` is another entry, of cuflash.cuda.flat, which takes the place of the kernel's own.
+    """
     before, after = _flattened(_source_folder(), kernel)
-    return f'{before}#line 1 "variant.cuh"\n{spec.render()}{tile.render()}{after}'
+    text = f'{before}#line 1 "variant.cuh"\n{spec.render()}{tile.render()}{after}'
+    return f'#define CUFLASH_FLAT\n{text}#line 1 "flat.cu"\n{flat}' if flat else text
 
 
 def _source_folder() -> Traversable:
@@ -84,12 +88,12 @@ def _flatten(folder: Traversable, name: str, seen: set[str]) -> list[str]:
     return lines
 
 
-def compile_variant(kernel: str, spec: Spec, tile: Tile, target: Target) -> CompileResult:
-    """Compile one kernel afresh, past every cache: its cubin and log.
+def compile_variant(kernel: str, spec: Spec, tile: Tile, target: Target, flat: str = "") -> CompileResult:
+    """Compile one kernel afresh, past every cache: its cubin and log. `flat` as for `source`.
 
     Raises KernelCompileError, with the source written to a file, or UnsupportedError without a fitting toolchain.
     """
-    text = source(kernel, spec, tile)
+    text = source(kernel, spec, tile, flat)
     dump = os.environ.get("CUFLASH_DUMP")
     start = time.perf_counter()
     try:
@@ -139,19 +143,22 @@ def kernel(name: str, spec: Spec, tile: Tile, target: Target, entry: str | None 
     return _FUNCTIONS.get((name, spec, tile, target, entry, _current_device()), load)
 
 
-def cubin(name: str, spec: Spec, tile: Tile, target: Target) -> bytes:
-    """The cubin of one variant, made once a process: who asks while it is made waits for it. Needs no GPU."""
-    return _CUBINS.get((name, spec, tile, target), lambda: _cubin(name, spec, tile, target))
+def cubin(name: str, spec: Spec, tile: Tile, target: Target, flat: str = "") -> bytes:
+    """The cubin of one variant, made once a process: who asks while it is made waits for it. Needs no GPU.
+
+    `flat` as for `source`.
+    """
+    return _CUBINS.get((name, spec, tile, target, flat), lambda: _cubin(name, spec, tile, target, flat))
 
 
-def _cubin(kernel: str, spec: Spec, tile: Tile, target: Target) -> bytes:
+def _cubin(kernel: str, spec: Spec, tile: Tile, target: Target, flat: str = "") -> bytes:
     """The cubin of one variant: precompiled, from the cache, or compiled now and kept there."""
-    key = cache.key(source(kernel, spec, tile), options(target))
+    key = cache.key(source(kernel, spec, tile, flat), options(target))
     if not os.environ.get("CUFLASH_DUMP"):
         cubin = cache.precompiled(key) or cache.find(key, toolchain().version)
         if cubin:
             return cubin
-    cubin = compile_variant(kernel, spec, tile, target).cubin
+    cubin = compile_variant(kernel, spec, tile, target, flat).cubin
     cache.keep(key, toolchain().version, cubin)
     return cubin
 

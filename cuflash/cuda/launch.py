@@ -62,10 +62,11 @@ PARAMS_OFFSETS = {
 _POINTER = struct.Struct("@P")
 # The arrays of a call, in the order in which a Plan takes their pointers, and the parts of the workspace.
 OPERANDS = (*TENSORS, "lse", "dlse", "dsinks", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
-_WORKSPACE = ("delta", "tickets", "dq_sum", "dq_turns")
+WORKSPACE = ("delta", "tickets", "dq_sum", "dq_turns")
+ZEROED = WORKSPACE[2:]  # those that must be zeros before the call
 _WORD = 8  # bytes of a pointer, and of the seed
 _WORDS = {  # of struct Params: where their pointers are
-    name: PARAMS_OFFSETS.get(name, PARAMS_OFFSETS.get(f"{name}.data", -1)) // _WORD for name in (*OPERANDS, *_WORKSPACE)
+    name: PARAMS_OFFSETS.get(name, PARAMS_OFFSETS.get(f"{name}.data", -1)) // _WORD for name in (*OPERANDS, *WORKSPACE)
 }
 _SEED = PARAMS_OFFSETS["seed"] // _WORD
 _ALIGNMENT = 256  # of the parts of the workspace
@@ -76,12 +77,31 @@ Layouts = dict[str, Signature]  # the arrays of a call by their name in OPERANDS
 # ---- what a call launches ----------------------------------------------------------------------------------------
 
 
-class _Kernel(NamedTuple):
-    """A loaded kernel and how it is launched."""
+class Machine(NamedTuple):
+    """What of a GPU decides what a call launches on it."""
 
-    function: Any
+    target: toolchain.Target
+    multiprocessors: int
+    shared_limit: int  # bytes of shared memory that one thread block may have
+
+
+class Step(NamedTuple):
+    """One launch of a call, before its kernel is compiled and without the pointers."""
+
+    kernel: str
+    spec: Spec
     tile: Tile
     shared_bytes: int
+    blocks: int
+    values: dict[str, int | float]  # by the names of PARAMS, the pointers 0
+    maps: tuple[tuple[str, int], ...]  # the arrays it gets tensor maps of, in the order of its arguments; rows a copy
+
+
+class Steps(NamedTuple):
+    """All launches of a call, in order, and the parts of the workspace they need: their bytes by their name."""
+
+    launches: tuple[Step, ...]
+    workspace: dict[str, int]
 
 
 class _Arguments:
@@ -107,22 +127,16 @@ class _Arguments:
 class _Launch:
     """One launch of a Plan."""
 
-    def __init__(
-        self,
-        kernel: _Kernel,
-        blocks: int,
-        params: bytes,
-        operands: Layouts,
-        parts: dict[str, int],
-        maps: Sequence[tuple[str, bytes]],
-    ) -> None:
-        self.function = kernel.function  # keeps its module loaded
-        self.geometry = (kernel.function.ptr, blocks, 1, 1, 32 * kernel.tile.warps, 1, 1, kernel.shared_bytes)
+    def __init__(self, function: Any, step: Step, operands: Layouts, parts: dict[str, int]) -> None:
+        self.function = function  # keeps its module loaded
+        self.geometry = (function.ptr, step.blocks, 1, 1, 32 * step.tile.warps, 1, 1, step.shared_bytes)
         # Words of struct Params: operands by their place in OPERANDS, parts of the workspace by their offset in it.
         self.places = [(_WORDS[name], i) for i, name in enumerate(OPERANDS) if name in operands]
         self.parts = [(_WORDS[name], offset) for name, offset in parts.items()]
-        self.mapped = [OPERANDS.index(name) for name, _ in maps]
-        self._new = lambda: _Arguments(params, [content for _, content in maps])
+        self.mapped = [OPERANDS.index(name) for name, _ in step.maps]
+        params = PARAMS_STRUCT.pack(*step.values.values())
+        maps = [tensor_map.encode(operands[name], rows) for name, rows in step.maps]
+        self._new = lambda: _Arguments(params, maps)
         self._free: list[_Arguments] = []  # several threads may run a Plan at a time
 
     def run(self, gpu: _Gpu, stream: int, pointers: Sequence[int], workspace: int, seed: int) -> None:
@@ -207,56 +221,90 @@ def plan(
 ) -> Plan:
     """The launches of a call, their kernels compiled (several at the same time) and loaded; `aligned` where the
     pointers of all tensors are multiples of 16."""
-    target = toolchain.device_target(device)
+    found = machine(device)
+    launches, workspace = steps(
+        problem, layouts, found, aligned=aligned, backward=backward, accumulate=accumulate, lean=lean
+    )
+    jobs = [(step.kernel, step.spec, step.tile, step.shared_bytes, found.target, device) for step in launches]
+    for name, spec, tile, *_ in jobs:
+        logger.debug("%s %s for %s on device %d", name, tile, spec, device)
+    if len(jobs) < 2:
+        functions = [_kernel(*job) for job in jobs]
+    else:
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            functions = list(pool.map(lambda job: _kernel(*job), jobs))
+    parts, end = {}, 0
+    for name, size in workspace.items():
+        parts[name] = end
+        end += -(-size // _ALIGNMENT) * _ALIGNMENT
+    loaded = [_Launch(*pair, layouts, parts) for pair in zip(functions, launches, strict=True)]
+    return Plan(device, loaded, end, (parts[ZEROED[0]], end) if ZEROED[0] in parts else (0, 0))
+
+
+def steps(
+    problem: Problem,
+    layouts: Layouts,
+    machine: Machine,
+    *,
+    aligned: bool,
+    backward: bool,
+    accumulate: bool = False,
+    lean: bool = False,
+) -> Steps:
+    """What a call launches on a GPU, which need not be here; `aligned` as for `plan`.
+
+    Raises UnsupportedError for what the kernels cannot do.
+    """
+    target = machine.target
     tuning.check_supported(problem.spec, target.path)
     if max(problem.q_len, problem.kv_len) > MAX_LENGTH:
         raise UnsupportedError(f"q, k: got lengths {problem.q_len} and {problem.kv_len}; the kernels go to 2^29 tokens")
     hopper = aligned and _takes_hopper(problem, target, layouts, backward)
     spec = replace(problem.spec, lean=lean, deterministic=problem.spec.deterministic and not lean)  # lean always is
-    names = tuning.kernels_of(spec, backward=backward, hopper=hopper)
     vector = _vector(problem.spec, layouts) if aligned else _element_bytes(problem.spec)
-    jobs = [(name, tuning.kernel_spec(name, spec), vector, target, device) for name in names]
-    if len(jobs) == 1:
-        kernels = [_kernel(*jobs[0])]
-    else:
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            kernels = list(pool.map(lambda job: _kernel(*job), jobs))
-    # The tile whose rows divide the queries of dq_sum is that of the kernel that adds to it.
-    rows = {name: kernel.tile.rows for name, kernel in zip(names, kernels, strict=True)}
-    sizes = dict.fromkeys(_WORKSPACE, 0)
+    tiles = {}
+    for name in tuning.kernels_of(spec, backward=backward, hopper=hopper):
+        tiles[name] = tuning.tile_of(name, tuning.kernel_spec(name, spec), target.path, vector, machine.shared_limit)
+    sizes = dict.fromkeys(WORKSPACE, 0)
     if backward:
         sizes["delta"], sizes["tickets"] = 4 * problem.statistics, 4
-    grids = []
-    for name, kernel in zip(names, kernels, strict=True):
-        logger.debug("%s %s for %s on device %d", name, kernel.tile, spec, device)
-        q_tiles = _tiles(problem, problem.q_len, kernel.tile.rows)
+    launches = []
+    for name, tile in tiles.items():
+        q_tiles = _tiles(problem, problem.q_len, tile.rows)
         if name == "backward_finish":
-            q_tiles = (
-                _tiles(problem, problem.q_len, rows["backward_hopper"]) * rows["backward_hopper"] // kernel.tile.rows
-            )
-            pieces = problem.batch * problem.heads * q_tiles * -(-spec.head_dim // kernel.tile.cols)
-            sizes["dq_sum"] = 4 * pieces * kernel.tile.rows * kernel.tile.cols
+            # The tile whose rows divide the queries of dq_sum is that of the kernel that adds to it.
+            rows = tiles["backward_hopper"].rows
+            q_tiles = _tiles(problem, problem.q_len, rows) * rows // tile.rows
+            pieces = problem.batch * problem.heads * q_tiles * -(-spec.head_dim // tile.cols)
+            sizes["dq_sum"] = 4 * pieces * tile.rows * tile.cols
             sizes["dq_turns"] = 4 * pieces if spec.deterministic else 0
-        blocks = _blocks(name, problem, kernel.tile, device, q_tiles)
+        blocks = _blocks(name, problem, tile, machine.multiprocessors, q_tiles)
         if blocks > _MAX_BLOCKS:
             raise UnsupportedError(f"q: got a problem of {blocks} tiles; the kernels go to 2^31 - 1: split the batch")
-        grids.append((name, kernel, q_tiles, blocks))
-    parts, end = {}, 0
-    for name, size in sizes.items():
-        if size:
-            parts[name] = end
-            end += -(-size // _ALIGNMENT) * _ALIGNMENT
-    launches = []
-    for name, kernel, q_tiles, blocks in grids:
-        if blocks:
-            section_heads = _section_heads(name, problem, device, q_tiles)
-            params = _params(problem, kernel.tile, layouts, q_tiles, section_heads, accumulate)
-            maps = []
-            for array, side in _MAPPED.get(name, ()):
-                copied_rows = side if isinstance(side, int) else getattr(kernel.tile, side)
-                maps += [(array, tensor_map.encode(layouts[array], copied_rows))]
-            launches.append(_Launch(kernel, blocks, params, layouts, parts, maps))
-    return Plan(device, launches, end, (parts["dq_sum"], end) if "dq_sum" in parts else (0, 0))
+        if not blocks:
+            continue
+        section_heads = _section_heads(name, problem, machine.multiprocessors, q_tiles)
+        kernel_spec = tuning.kernel_spec(name, spec)
+        launches.append(
+            Step(
+                kernel=name,
+                spec=kernel_spec,
+                tile=tile,
+                shared_bytes=tuning.shared_bytes(name, kernel_spec, tile),
+                blocks=blocks,
+                values=_params(problem, tile, layouts, q_tiles, section_heads, accumulate),
+                maps=tuple(
+                    (array, side if isinstance(side, int) else getattr(tile, side))
+                    for array, side in _MAPPED.get(name, ())
+                ),
+            )
+        )
+    return Steps(tuple(launches), {name: size for name, size in sizes.items() if size})
+
+
+def machine(device: int) -> Machine:
+    """A CUDA device as `steps` sees it. Raises as `toolchain.device_target`."""
+    return Machine(toolchain.device_target(device), *_limits(device))
 
 
 def workspace_bound(problem: Problem, *, lean: bool) -> int:
@@ -345,25 +393,21 @@ _MAPPED: dict[str, tuple[tuple[str, str | int], ...]] = {
 
 
 @lru_cache(maxsize=4096)
-def _kernel(name: str, spec: Spec, vector: int, target: toolchain.Target, device: int) -> _Kernel:
-    tile = tuning.tile_of(name, spec, target.path, vector, _shared_limit(device))
-    shared_bytes = tuning.shared_bytes(name, spec, tile)
+def _kernel(name: str, spec: Spec, tile: Tile, shared_bytes: int, target: toolchain.Target, device: int) -> Any:
+    """A kernel's function, loaded on a device."""
     cupy = toolchain.import_cupy()
     with cupy.cuda.Device(device):  # this may be a thread of its own
         function = jit.kernel(name, spec, tile, target)
         cupy.cuda.driver.funcSetAttribute(function.ptr, _SHARED_SIZE_ATTRIBUTE, shared_bytes)
-    return _Kernel(function, tile, shared_bytes)
+    return function
 
 
 @lru_cache
-def _shared_limit(device: int) -> int:
-    """Shared memory that one thread block may have: a forced path must fit the GPU that is there."""
-    return toolchain.import_cupy().cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
-
-
-@lru_cache
-def _multiprocessors(device: int) -> int:
-    return toolchain.import_cupy().cuda.Device(device).attributes["MultiProcessorCount"]
+def _limits(device: int) -> tuple[int, int]:
+    """How many multiprocessors a device has, and how much shared memory one thread block may have: a forced path must
+    fit the GPU that is there."""
+    attributes = toolchain.import_cupy().cuda.Device(device).attributes
+    return attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"]
 
 
 def _takes_hopper(problem: Problem, target: toolchain.Target, layouts: Layouts, backward: bool) -> bool:
@@ -379,10 +423,10 @@ def _takes_hopper(problem: Problem, target: toolchain.Target, layouts: Layouts, 
     )
 
 
-def _section_heads(name: str, problem: Problem, device: int, q_tiles: int) -> int:
+def _section_heads(name: str, problem: Problem, multiprocessors: int, q_tiles: int) -> int:
     """How many heads' tiles are worked on together, so that what their blocks share stays in the L2 cache."""
     if name in ("forward_hopper", "backward_hopper_dq"):  # as many as fill the multiprocessors once
-        return max(1, round(_multiprocessors(device) / q_tiles))
+        return max(1, round(multiprocessors / q_tiles))
     if name in ("backward_hopper", "backward_hopper_wide"):  # Q and dO of a group's heads
         head_bytes = 2 * problem.q_len * (problem.spec.head_dim + problem.spec.head_dim_v) * problem.group
         return max(1, _SECTION_BYTES // head_bytes)
@@ -413,7 +457,7 @@ def _tiles(problem: Problem, length: int, rows: int) -> int:
     return length // rows + problem.batch + 1 if problem.spec.packed else -(-length // rows)
 
 
-def _blocks(name: str, problem: Problem, tile: Tile, device: int, q_tiles: int) -> int:
+def _blocks(name: str, problem: Problem, tile: Tile, multiprocessors: int, q_tiles: int) -> int:
     """Thread blocks of a kernel's grid."""
     batch = 1 if problem.spec.packed else problem.batch  # packed sequences share one range of tiles
     heads = problem.heads * batch
@@ -427,15 +471,15 @@ def _blocks(name: str, problem: Problem, tile: Tile, device: int, q_tiles: int) 
         # or very long tiles under a mask: a block each, so that a multiprocessor that is done takes the next.
         "forward_hopper": lambda: (
             q_blocks
-            if uneven and (q_tiles > _PAIRED_TILES or (q_tiles + 1) // 2 * heads <= 3 * _multiprocessors(device))
-            else min(q_blocks, _multiprocessors(device))
+            if uneven and (q_tiles > _PAIRED_TILES or (q_tiles + 1) // 2 * heads <= 3 * multiprocessors)
+            else min(q_blocks, multiprocessors)
         ),
         "backward_prepare": lambda: -(-problem.q_len * batch // tile.rows),
         "backward_sinks": lambda: problem.heads,
         "backward_portable_dkv": lambda: kv_blocks,
         "backward_portable_dq": lambda: q_blocks,
-        "backward_hopper": lambda: min(kv_blocks, _multiprocessors(device)),
-        "backward_hopper_wide": lambda: min(kv_blocks, _multiprocessors(device)),
+        "backward_hopper": lambda: min(kv_blocks, multiprocessors),
+        "backward_hopper_wide": lambda: min(kv_blocks, multiprocessors),
         "backward_hopper_dq": lambda: q_blocks,
         "backward_finish": lambda: q_blocks * -(-problem.spec.head_dim // tile.cols),
     }
@@ -444,8 +488,8 @@ def _blocks(name: str, problem: Problem, tile: Tile, device: int, q_tiles: int) 
 
 def _params(
     problem: Problem, tile: Tile, layouts: Layouts, q_tiles: int, section_heads: int, accumulate: bool
-) -> bytes:
-    """struct Params with null pointers."""
+) -> dict[str, int | float]:
+    """The fields of struct Params, by the names of PARAMS and in their order; the pointers are 0."""
     mask = problem.mask
     left, right = (_UNBOUNDED if side is None else min(side, _UNBOUNDED) for side in (mask.left, mask.right))
     values: dict[str, Any] = dict.fromkeys((name for name, _ in PARAMS), 0)
@@ -484,4 +528,4 @@ def _params(
     }
     for field, name in (("alibi", "alibi_slopes"), ("sinks", "sinks"), ("dq", "dq"), ("dk", "dk"), ("dv", "dv")):
         values[f"{field}_float32"] = name in layouts and layouts[name].dtype == "float32"
-    return PARAMS_STRUCT.pack(*values.values())
+    return values

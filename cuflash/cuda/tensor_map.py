@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from cuflash.arrays import Signature, dtype_of
 from cuflash.errors import UnsupportedError
@@ -34,22 +34,41 @@ def expressible(array: Signature) -> bool:
     )
 
 
-def encode(array: Signature, rows: int) -> bytes:
-    """The map of tiles of `rows` rows of an expressible 16-bit array, 128 bytes; `point` says where the array lies."""
-    driver = _driver()
+class Description(NamedTuple):
+    """A map but for the address: the axes in the driver's order, the last axis of the array first."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in bytes, of all axes but the first, which is contiguous
+    box: tuple[int, ...]  # what one copy loads
+
+
+def describe(array: Signature, rows: int) -> Description:
+    """The map of tiles of `rows` rows of an expressible 16-bit array [batch, len, heads, dim]."""
     batch, length, heads, dim = array.shape
     batch_stride, row_stride, head_stride = (
         2 * int(stride) if count > 1 else 2 * dim
         for stride, count in zip(array.strides[:-1], array.shape[:-1], strict=True)
     )
     if dim % _PANEL == 0:
-        shape = (_PANEL, length, dim // _PANEL, heads, batch)
-        strides = (row_stride, 2 * _PANEL, head_stride, batch_stride)
-        box = (_PANEL, rows, dim // _PANEL, 1, 1)
-    else:
-        shape = (dim, length, heads, batch)
-        strides = (row_stride, head_stride, batch_stride)
-        box = (_PANEL, rows, 1, 1)
+        return Description(
+            dtype=array.dtype,
+            shape=(_PANEL, length, dim // _PANEL, heads, batch),
+            strides=(row_stride, 2 * _PANEL, head_stride, batch_stride),
+            box=(_PANEL, rows, dim // _PANEL, 1, 1),
+        )
+    return Description(
+        dtype=array.dtype,
+        shape=(dim, length, heads, batch),
+        strides=(row_stride, head_stride, batch_stride),
+        box=(_PANEL, rows, 1, 1),
+    )
+
+
+def encode(array: Signature, rows: int) -> bytes:
+    """The map that `describe` describes, 128 bytes; `point` says where the array lies."""
+    driver = _driver()
+    _, shape, strides, box = describe(array, rows)
     kinds = driver.CUtensorMapDataType
     integer, wide = driver.cuuint32_t, driver.cuuint64_t
     status, encoded = driver.cuTensorMapEncodeTiled(

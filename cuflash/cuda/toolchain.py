@@ -91,11 +91,11 @@ def capability_target(capability: tuple[int, int]) -> Target:
 
 def device_target(device: int) -> Target:
     """The target of one CUDA device. Raises as `capability_target`, and UnsupportedError where no GPU is usable."""
-    return capability_target(_capability(device))
+    return capability_target(capability(device))
 
 
 @functools.cache
-def _capability(device: int) -> tuple[int, int]:
+def capability(device: int) -> tuple[int, int]:
     """The compute capability of one CUDA device."""
     cupy = import_cupy()
     try:

@@ -53,7 +53,12 @@ def torch_tensors() -> Finding:
 
 
 def jax_arrays() -> Finding:
-    return _framework("jax", "cuflash.adapters.jax")
+    found = _framework("jax", "cuflash.adapters.jax")
+    if importlib.util.find_spec("jax") is None or machine.gpu_obstacle():
+        return found
+    # Which way calls go on a GPU depends on the installed jaxlib and on JAX's devices: only the adapter can tell.
+    route = importlib.import_module("cuflash.adapters.jax._route").route()
+    return Finding(f"{found.text}; on a GPU by the {route.name} route: {route.reason}")
 
 
 def exact_on_cpu() -> Finding:

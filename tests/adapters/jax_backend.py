@@ -29,8 +29,12 @@ CUDA = Backend(
     array=partial(_on, "cuda"),
     numpy=np.asarray,
     dtypes=("float16", "bfloat16", "float32"),
-    marks=(pytest.mark.gpu_adapter,),
     forced_arch="",  # the GPU's own
     arithmetic=tensor_core_error,
 )
-BACKENDS = [pytest.param(backend, id=backend.name.split()[1], marks=backend.marks) for backend in (CPU, CUDA)]
+# The marks of a test on a GPU, by the name of the route.
+ON_GPU = {name: (pytest.mark.gpu_adapter, pytest.mark.jax_route(name)) for name in ("compiled", "handler")}
+BACKENDS = [
+    pytest.param(CPU, id="cpu"),
+    *(pytest.param(CUDA, id=f"cuda-{name}", marks=marks) for name, marks in ON_GPU.items()),
+]

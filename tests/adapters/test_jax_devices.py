@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import cuflash
+from tests.adapters.jax_backend import ON_GPU
 from tests.adapters.test_jax import Arrays, assert_close, draw, on_numpy
 
 jax = pytest.importorskip("jax")
@@ -32,7 +33,9 @@ BATCH, Q_LEN, KV_LEN, HEADS, DIM = 4, 24, 32, 4, 16
 MakeMesh = Callable[..., Any]
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu_adapter)])
+@pytest.fixture(
+    params=["cpu", *(pytest.param("cuda", id=f"cuda-{name}", marks=marks) for name, marks in ON_GPU.items())]
+)
 def make_mesh(request: pytest.FixtureRequest) -> MakeMesh:
     def make(data: int, model: int, kind: AxisType = AxisType.Auto) -> Any:
         devices = jax.devices(request.param)
@@ -160,7 +163,8 @@ def test_vmap_over_sharded_arrays(make_mesh: MakeMesh, spec: P, sinks: bool, kin
 
 @pytest.mark.parametrize("check_vma", [True, False, None], ids=["shard_map", "shard_map, unchecked", "jit"])
 def test_a_gpu_gets_its_workspace_from_xla(monkeypatch: pytest.MonkeyPatch, check_vma: bool | None):
-    """What is lowered for a GPU has a result more; that needs no GPU where its size is known."""
+    """What is lowered for the handler has a result more; that needs no GPU where its size is known."""
+    monkeypatch.setenv("CUFLASH_JAX_ROUTE", "handler")
     monkeypatch.setattr(_gpu, "prepare", lambda text: 4096 if described(text)[0].backward else 0)
     mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=jax.devices("cpu")[:4])
     function = jax.grad(loss)

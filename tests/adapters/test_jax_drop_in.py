@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import cuflash
+from tests.adapters.jax_backend import ON_GPU
 from tests.adapters.test_jax import Put, assert_close, draw, put  # noqa: F401
 
 jax = pytest.importorskip("jax")
@@ -259,7 +260,10 @@ def test_attention_fn_takes_any_batch_axes_and_a_dtype():
 
 @pytest.mark.parametrize(
     ("platform", "dtype", "allowed"),
-    [("cpu", "float32", 1e-5), pytest.param("cuda", "bfloat16", 0.05, marks=pytest.mark.gpu_adapter)],
+    [
+        ("cpu", "float32", 1e-5),
+        *(pytest.param("cuda", "bfloat16", 0.05, id=f"cuda-{name}", marks=marks) for name, marks in ON_GPU.items()),
+    ],
 )
 def test_fifty_steps_of_a_gpt_like_with_jax_nn(platform: str, dtype: str, allowed: float):
     """The losses differ by the rounding of attention alone; the model learns."""

@@ -216,7 +216,7 @@ def test_gpus_before_turing_are_refused(capability: tuple[int, int]) -> None:
 
 
 def test_a_forced_path_keeps_the_gpus_own_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(toolchain, "capability", lambda device: (9, 0))
     for forced, path in (("sm_75", 750), ("sm_80", 800), ("sm_90a", 900), ("", 900)):
         monkeypatch.setenv("CUFLASH_FORCE_ARCH", forced)
         assert toolchain.device_target(0) == Target("sm_90a", path)
@@ -240,7 +240,7 @@ def test_a_machine_without_a_usable_gpu_says_so(monkeypatch: pytest.MonkeyPatch)
 
     cuda = SimpleNamespace(Device=no_device, runtime=SimpleNamespace(CUDARuntimeError=DriverError))
     monkeypatch.setattr(toolchain, "import_cupy", lambda: SimpleNamespace(cuda=cuda))
-    toolchain._capability.cache_clear()
+    toolchain.capability.cache_clear()
     with pytest.raises(UnsupportedError, match=r"no usable CUDA device 3: cudaErrorInsufficientDriver"):
         toolchain.device_target(3)
 
