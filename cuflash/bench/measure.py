@@ -24,7 +24,7 @@ from cuflash.bench.workloads import Table, Workload
 PATIENCE = 60.0  # seconds that one call of a peer may be foreseen to take
 SLOW = 0.5  # seconds of a call that is not repeated to warm up
 BUDGET = 4.0  # seconds for the rounds of one problem; slow problems get fewer, at least one
-_HOST_CALLS, _HOST_ROUNDS, _HOST_WARM_UP = 200, 15, 2
+_HOST_CALLS, _HOST_ROUNDS, _HOST_WARM_UP = 50, 15, 2  # calls: few enough that no queue of launches fills
 
 # The first forward and backward of a process, the device being ready before.
 _START = """
