@@ -273,17 +273,31 @@ def flash_attention_backward(
 
 def _adapter(q: Any) -> Any:
     """The adapter of q's framework, where arrays are more than memory: gradients, compilation, transforms; or None."""
-    torch = sys.modules.get("torch")
+    torch = _framework("torch")
     if torch is not None and isinstance(q, torch.Tensor):
         import cuflash.adapters.torch  # a statement, which torch.compile follows
 
         return cuflash.adapters.torch
-    jax = sys.modules.get("jax")
+    jax = _framework("jax")
     if jax is not None and isinstance(q, jax.Array):
         import cuflash.adapters.jax
 
         return cuflash.adapters.jax
     return None
+
+
+_FRAMEWORKS: dict[str, Any] = {}  # that have been found loaded
+
+
+def _framework(name: str) -> Any:
+    """The module, or None if nobody has imported it."""
+    found = _FRAMEWORKS.get(name)  # first, since torch.compile takes a look at every module when it meets sys.modules
+    if found is None and name in sys.modules:
+        found = _FRAMEWORKS[name] = sys.modules[name]
+    return found
+
+
+_framework("torch")
 
 
 def _inputs(

@@ -11,9 +11,7 @@ from cuflash.adapters.torch import _cpu, _cuda
 from cuflash.adapters.torch._values import Operands, Options
 
 
-def forward(
-    operands: Operands, options: Options, with_lse: bool = True
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def forward(operands: Operands, options: Options, with_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, lse or None), neither of which autograd knows about."""
     return _library(operands.q).forward(operands, _with_number(options), with_lse)
 

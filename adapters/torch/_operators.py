@@ -242,8 +242,8 @@ def _refuse_forward_mode() -> NoReturn:
 
 
 def arrived(gradients: tuple[Any, ...], out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dout and dlse from what autograd gives: None for a result that was not used, and any strides."""
-    dout, dlse = gradients
+    """dout and dlse from what autograd gives: None for a result that was not used, any strides, dlse with the LSE."""
+    dout, dlse = (*gradients, None)[:2]
     dout = torch.zeros_like(out) if dout is None else _last_contiguous(dout)
     return dout, None if dlse is None else _last_contiguous(dlse)
 

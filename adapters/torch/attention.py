@@ -111,7 +111,8 @@ def flash_attention(
     if not plain or _is_seen():
         out, lse = _operators.forward(operands, options)
     elif with_gradients:
-        out, lse = _Attention.apply(options, *operands)
+        few = alibi_slopes is None and sinks is None and cu_seqlens_q is None
+        return _Attention.apply(options, return_lse, *(operands[:3] if few else operands))
     else:
         out, lse = _call.forward(operands, options, return_lse)
     return (out, lse) if return_lse else out
@@ -178,15 +179,15 @@ def flash_attention_backward(
 
 
 class _Attention(torch.autograd.Function):
-    """Eager attention with gradients."""
+    """Eager attention with gradients, of q, k and v or of all operands: each argument and result costs autograd time."""
 
     @staticmethod
-    def forward(ctx: Any, options: Options, *operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, options: Options, with_lse: bool, *operands: Any) -> Any:
         out, lse = _call.forward(Operands(*operands), options)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands, out, lse)
         ctx.options = options
-        return out, lse
+        return (out, lse) if with_lse else out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
@@ -197,7 +198,9 @@ class _Attention(torch.autograd.Function):
         else:
             results = _call.backward(dout, Operands(*operands), out, lse, dlse, ctx.options)
         dq, dk, dv, *dsinks = results
-        return None, dq, dk, dv, None, dsinks[0] if dsinks else None, None, None
+        if len(operands) == 3:
+            return None, None, dq, dk, dv
+        return None, None, dq, dk, dv, None, dsinks[0] if dsinks else None, None, None
 
 
 def _is_seen() -> bool:

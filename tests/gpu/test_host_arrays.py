@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import arrays, plans
-from cuflash.cuda import launch
 from tests.contract.backends import in_smallest_chunks
 
 pytestmark = pytest.mark.gpu
@@ -72,9 +70,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
-@pytest.mark.parametrize(
-    ("dtype", "dim"), [(np.float16, 64), (ml_dtypes.bfloat16, 128), (np.float16, 256), (np.float32, 64)]
-)
+@pytest.mark.parametrize(("dtype", "dim"), [(np.float16, 64), (ml_dtypes.bfloat16, 128), (np.float32, 64)])
 def test_the_same_bits_as_from_cupy_arrays(cp: Any, dtype: Any, dim: int, options: dict[str, Any]) -> None:
     inputs = _inputs(dim=dim, dtype=dtype, layout=options.get("layout", "bshd"))
     options = {**options, "deterministic": True}
@@ -178,26 +174,6 @@ def test_a_call_that_is_larger_than_the_memory_there_is(cp: Any) -> None:
     finally:
         pool.set_limit(size=before)
     np.testing.assert_array_equal(found, expected)
-
-
-@pytest.mark.parametrize("lean", [False, True])
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("length", [1, 127, 1000])
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_bound_of_the_workspace_holds(packed: bool, length: int, dim: int, deterministic: bool, lean: bool) -> None:
-    def signature(*shape: int, dtype: str = "bfloat16") -> arrays.Signature:
-        return plans.contiguous(arrays.Signature(shape, (), dtype, "cuda:0", True))
-
-    q = signature(length, 4, dim) if packed else signature(3, length, 4, dim)
-    ends = signature(4, dtype="int32") if packed else None
-    inputs = (q, q, q, None, None, ends, ends)
-    options = (False, None, None, None, 0.0, False, deterministic, False, "bshd", None)
-    forward = plans.forward(*inputs, *options)
-    others = (forward.out, forward.out, forward.lse, None, None, None, None)
-    plan = plans.backward(*others, *inputs, False, "lean" if lean else "fast", *options)
-    bound = launch.workspace_bound(plan.problem, lean=lean)
-    assert plan.launches(True).workspace <= bound
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------

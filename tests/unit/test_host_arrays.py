@@ -19,6 +19,7 @@ import cuflash
 from cuflash import arrays, numpy_backend, plans
 from cuflash.cuda import chunks, launch, toolchain
 from cuflash.cuda.chunks import Call, Chunk
+from cuflash.cuda.toolchain import Target
 from cuflash.spec import Extras
 from tests.contract.backends import in_smallest_chunks
 from tests.contract.cases import CASES, Case, make_inputs
@@ -441,3 +442,30 @@ def test_streams_wait_for_the_callers(device: _Device) -> None:
     q = np.ones((1, 4, 1, 8), np.float32)
     cuflash.flash_attention(q, q, q, backend="cuda")
     assert waited == [1]
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("length", [1, 127, 1000])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "machine",
+    [launch.Machine(Target.named("sm_90a"), 132, 232_448), launch.Machine(Target.named("sm_80"), 108, 166_912)],
+)
+def test_the_bound_of_the_workspace_holds(
+    machine: launch.Machine, packed: bool, length: int, dim: int, deterministic: bool, lean: bool
+) -> None:
+    def signature(*shape: int, dtype: str = "bfloat16") -> arrays.Signature:
+        return plans.contiguous(arrays.Signature(shape, (), dtype, "cuda:0", True))
+
+    q = signature(length, 4, dim) if packed else signature(3, length, 4, dim)
+    ends = signature(4, dtype="int32") if packed else None
+    inputs = (q, q, q, None, None, ends, ends)
+    options = (False, None, None, None, 0.0, False, deterministic, False, "bshd", None)
+    forward = plans.forward(*inputs, *options)
+    others = (forward.out, forward.out, forward.lse, None, None, None, None)
+    plan = plans.backward(*others, *inputs, False, "lean" if lean else "fast", *options)
+    steps, _ = plan.steps(machine)
+    needed = sum(-(-size // 256) * 256 for size in steps.workspace.values())
+    assert needed <= launch.workspace_bound(plan.problem, lean=lean)
