@@ -179,7 +179,7 @@ def flash_attention_backward(
 
 
 class _Attention(torch.autograd.Function):
-    """Eager attention with gradients, of q, k and v or of all operands: each argument and result costs autograd time."""
+    """Eager attention with gradients, of q, k and v or of all operands: each argument costs autograd time."""
 
     @staticmethod
     def forward(ctx: Any, options: Options, with_lse: bool, *operands: Any) -> Any:
