@@ -8,10 +8,6 @@ struct alignas(64) TensorMap {
     unsigned char opaque[128];
 };
 
-__device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // How long L2 keeps what a copy reads; the encodings of createpolicy with fraction 1.
 constexpr unsigned long long EVICT_FIRST = 0x12F0000000000000ull;
 constexpr unsigned long long EVICT_LAST = 0x14F0000000000000ull;

@@ -6,14 +6,13 @@ Nothing is allocated and nothing waits, so that XLA may capture a call in a comm
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, reduce
-from operator import or_
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
 from cuflash.adapters.jax._call import Call, described, plan_of, signature
-from cuflash.cuda.launch import OPERANDS, TENSORS
+from cuflash.cuda.launch import OPERANDS, aligned
 from cuflash.cuda.toolchain import import_cupy
 from cuflash.errors import UnsupportedError
 from cuflash.plans import BackwardPlan, ForwardPlan
@@ -65,6 +64,6 @@ def run_on_gpu(text: bytes, operands: Sequence[Block], results: Sequence[Block],
     workspace = addresses[given] if len(addresses) > given else 0
     known = (*addresses[:given], 0)
     pointers = tuple([known[place] for place in places])
-    if reduce(or_, pointers[: len(TENSORS)]) % 16:
+    if not aligned(pointers):
         raise UnsupportedError("XLA gave a buffer that is not aligned to 16 bytes")
     plan.launches(True).run(stream, pointers, workspace, call.options.seed or 0)

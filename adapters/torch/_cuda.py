@@ -13,6 +13,7 @@ import torch
 from cuflash import api, plans
 from cuflash.adapters.torch._values import DTYPE_NAMES, Operands, Options
 from cuflash.arrays import Signature
+from cuflash.cuda.launch import aligned
 from cuflash.cuda.toolchain import import_cupy
 from cuflash.plans import BackwardPlan, ForwardPlan
 
@@ -75,8 +76,7 @@ def backward(
 def _run(plan: ForwardPlan | BackwardPlan, operands: Sequence[torch.Tensor | None], seed: int) -> None:
     """Run a plan, its workspace where q is; the operands in the order of cuflash.cuda.launch.OPERANDS."""
     pointers = tuple([0 if tensor is None else tensor.data_ptr() for tensor in operands])
-    q, k, v, out, dout, dq, dk, dv, *_ = pointers
-    launches = plan.launches((q | k | v | out | dout | dq | dk | dv) % 16 == 0)
+    launches = plan.launches(aligned(pointers))
     workspace = 0
     if launches.workspace:
         memory = torch.empty(launches.workspace, dtype=torch.uint8, device=operands[0].device)  # type: ignore[union-attr]

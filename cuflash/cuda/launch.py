@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cuflash import dropout, tuning
+from cuflash import dropout, plans, tuning
 from cuflash.arrays import Signature, dtype_of
 from cuflash.cuda import jit, tensor_map, toolchain
 from cuflash.errors import UnsupportedError
@@ -320,6 +320,12 @@ def workspace_bound(problem: Problem, *, lean: bool) -> int:
     return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
 
 
+def aligned(pointers: Sequence[int]) -> bool:
+    """Whether the tensors among the pointers to OPERANDS are all at multiples of 16, as the widest copies need them."""
+    q, k, v, out, dout, dq, dk, dv, *_ = pointers
+    return (q | k | v | out | dout | dq | dk | dv) % 16 == 0
+
+
 # ---- on CuPy arrays ----------------------------------------------------------------------------------------------
 
 
@@ -332,16 +338,15 @@ def forward(plan: ForwardPlan, inputs: Sequence[Any], seed: int, with_lse: bool)
     out = gpu.ndarray(plan.out.shape, dtype_of(plan.out.dtype))
     lse = gpu.ndarray(plan.lse.shape, dtype_of(plan.lse.dtype)) if with_lse else None
     q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k = inputs
-    q_, k_, v_, out_ = q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr
     pointers = (
-        *(q_, k_, v_, out_, 0, 0, 0, 0),
+        *(q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, 0, 0, 0, 0),
         *(0 if lse is None else lse.data.ptr, 0, 0),
         0 if alibi_slopes is None else alibi_slopes.data.ptr,
         0 if sinks is None else sinks.data.ptr,
         0 if cu_seqlens_q is None else cu_seqlens_q.data.ptr,
         0 if cu_seqlens_k is None else cu_seqlens_k.data.ptr,
     )
-    plan.launches((q_ | k_ | v_ | out_) % 16 == 0)._run(gpu, gpu.stream().ptr, pointers, 0, seed)
+    plan.launches(aligned(pointers))._run(gpu, gpu.stream().ptr, pointers, 0, seed)
     return out, lse
 
 
@@ -356,18 +361,12 @@ def backward(plan: BackwardPlan, arrays: Sequence[Any], given: Sequence[Any], se
     if gpu.is_elsewhere(plan.device):
         with gpu.cuda.Device(plan.device):
             return backward(plan, arrays, given, seed)
-    gradients = [
-        gpu.ndarray(like.shape, dtype_of(like.dtype)) if array is None else array
-        for like, array in zip(plan.gradients.values(), (*given, None), strict=False)
-    ]
+    gradients = plans.targets(plan, given, lambda like: gpu.ndarray(like.shape, dtype_of(like.dtype)))
     dout, out, lse, dlse, q, k, v, *extras = arrays
     dq, dk, dv, dsinks = (*gradients, None)[:4]
     operands = (q, k, v, out, dout, dq, dk, dv, lse, dlse, dsinks, *extras)
     pointers = tuple([0 if array is None else array.data.ptr for array in operands])
-    together = 0
-    for pointer in pointers[: len(TENSORS)]:
-        together |= pointer
-    launches = plan.launches(together % 16 == 0)
+    launches = plan.launches(aligned(pointers))
     stream = gpu.stream().ptr
     workspace = gpu.cuda.alloc(launches.workspace)
     launches._run(gpu, stream, pointers, workspace.ptr, seed)
