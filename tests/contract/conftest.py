@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuflash import plans, tuning
+from cuflash import plans
 from cuflash.spec import Spec
 from tests.contract.backends import BACKENDS, Backend
 from tests.contract.cases import CASES, DTYPES, Case, Inputs, make_inputs
@@ -50,19 +50,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compile what the collected GPU cases need, in parallel and in their order, from before the first of them on."""
+def compiled(request: pytest.FixtureRequest) -> None:
+    """Compile what the collected GPU cases need, in parallel, before the first of them."""
     from cuflash.cuda import toolchain
-    from tests.gpu.compilation import in_background
+    from tests.gpu.compilation import compile_first
 
     jobs = []
     with pytest.MonkeyPatch.context() as patch:
         for arch, case in cases_on_gpu(request.session.items):
             patch.setenv("CUFLASH_FORCE_ARCH", arch)
             jobs += needed_jobs(case, toolchain.device_target(0))
-    pool = in_background(jobs)
-    yield
-    pool.shutdown(cancel_futures=True)
+    compile_first(jobs)
 
 
 def cases_on_gpu(items: Iterable[Any]) -> list[tuple[str, Case]]:
@@ -84,17 +82,12 @@ def cases_on_gpu(items: Iterable[Any]) -> list[tuple[str, Case]]:
 def needed_jobs(case: Case, target: Any) -> list[Any]:
     """The kernels that a case's two calls launch; where this guesses wrong, the call compiles what it needs."""
     from cuflash.cuda.precompile import jobs_of
-    from cuflash.cuda.toolchain import Target
+    from tests.gpu.compilation import usual_jobs
 
-    spec = spec_of(case)
     way = {"lean": True} if case.memory == "lean" else {"deterministic": case.deterministic}
-    jobs = jobs_of(spec, target, vector_of(case), [way])
-    usual = target == Target.named("sm_90a") and case.strides in ("contiguous", "transposed")
-    if usual and (case.scale is None or case.scale > 0):
-        for direction, backward in (("forward", False), ("backward", True)):
-            if tuning.has_hopper(spec, backward=backward):
-                jobs = [job for job in jobs if not job[0].startswith(f"{direction}_portable")]
-    return jobs
+    if case.strides in ("contiguous", "transposed") and (case.scale is None or case.scale > 0):
+        return usual_jobs(spec_of(case), target, [way], vector_of(case))
+    return jobs_of(spec_of(case), target, vector_of(case), [way])
 
 
 def spec_of(case: Case) -> Spec:

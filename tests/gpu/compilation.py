@@ -1,29 +1,27 @@
-"""Kernels compiled in the background while the GPU tests run."""
+"""The kernels of GPU tests, compiled in parallel before the tests: beside them they would take the tests' time."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 
-from cuflash.cuda import jit
-from cuflash.cuda.precompile import Job
-
-
-def in_background(jobs: Iterable[Job], workers: int | None = None) -> ProcessPoolExecutor:
-    """Start to compile these kernels, in this order, into the cache on disk; a test that comes to one earlier compiles
-    it itself.
-
-    Processes, of low priority, so that neither the interpreter's lock nor a processor is taken from the tests.
-    `shutdown(cancel_futures=True)` of what is returned stops all but those in the compiler.
-    """
-    workers = workers or max(1, (os.cpu_count() or 1) - 1)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=os.nice, initargs=(10,))
-    for job in dict.fromkeys(jobs):
-        pool.submit(_compile, job)
-    return pool
+from cuflash import tuning
+from cuflash.cuda.precompile import WAYS, Job, jobs_of, precompile
+from cuflash.cuda.toolchain import Target
+from cuflash.spec import Spec
 
 
-def _compile(job: Job) -> None:
-    jit.cubin(*job)
+def usual_jobs(spec: Spec, target: Target, ways: Iterable[dict[str, bool]] = WAYS, vector: int = 16) -> list[Job]:
+    """The kernels of calls whose arrays lie as all kernels take them: the portable ones only where no others serve."""
+    jobs = jobs_of(spec, target, vector, ways)
+    if target == Target.named("sm_90a"):
+        for direction, backward in (("forward", False), ("backward", True)):
+            if tuning.has_hopper(spec, backward=backward):
+                jobs = [job for job in jobs if not job[0].startswith(f"{direction}_portable")]
+    return jobs
+
+
+def compile_first(jobs: Iterable[Job]) -> None:
+    """Compile what the cache lacks, and raise what does not compile."""
+    report = precompile(jobs)
+    if report.failed:
+        raise RuntimeError("\n".join(f"{job}: {reason}" for job, reason in report.failed))

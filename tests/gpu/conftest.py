@@ -1,8 +1,7 @@
-"""The kernels of the GPU tests, compiled in parallel from before the first of them on."""
+"""The kernels of the GPU tests, compiled in parallel before the first of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -12,16 +11,25 @@ from cuflash.spec import Spec
 _MASKS = ({}, {"bounded_right": True}, {"bounded_left": True, "bounded_right": True})
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled() -> Iterator[None]:
+def _specs() -> list[Spec]:
     """What most tests need; a few compile a kernel of their own."""
-    from cuflash.cuda import toolchain
-    from cuflash.cuda.precompile import jobs_of
-    from tests.gpu.compilation import in_background
 
-    specs = [Spec(dtype="float16", head_dim=d, head_dim_v=d, **m) for d, m in product((64, 128, 256), _MASKS)]
-    specs += [Spec(dtype="bfloat16", head_dim=d, head_dim_v=d, bounded_right=True) for d in (64, 128)]
+    def spec(dtype: str, dim: int, **options: bool) -> Spec:
+        return Spec(dtype=dtype, head_dim=dim, head_dim_v=dim, **options)
+
+    return [
+        *(spec("float16", dim, **mask) for dim, mask in product((64, 128, 192, 256), _MASKS)),
+        *(spec("float16", dim, bounded_right=True, dropout=True) for dim in (64, 128, 256)),
+        *(spec("bfloat16", dim, **mask) for dim, mask in product((64, 128, 256), _MASKS[:2])),
+        *(spec("float32", 64, allow_tf32=tf32) for tf32 in (False, True)),
+        spec("float16", 136),
+    ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled() -> None:
+    from cuflash.cuda import toolchain
+    from tests.gpu.compilation import compile_first, usual_jobs
+
     target = toolchain.device_target(0)
-    pool = in_background(job for spec in specs for job in jobs_of(spec, target) if "portable" not in job[0])
-    yield
-    pool.shutdown(cancel_futures=True)
+    compile_first(job for spec in _specs() for job in usual_jobs(spec, target))

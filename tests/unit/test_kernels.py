@@ -16,7 +16,6 @@ from cuflash.cuda import jit, launch, toolchain
 from cuflash.cuda.precompile import jobs_of
 from cuflash.cuda.toolchain import Target, resources
 from cuflash.spec import Spec, Tile
-from tests.gpu.compilation import in_background
 
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 HARMLESS = "(C7519)"  # a wgmma.fence that ptxas adds where there was one
@@ -235,15 +234,3 @@ def test_a_spec_is_reduced_to_what_a_kernel_depends_on() -> None:
 def test_what_the_kernels_cannot_do_is_said(spec: Spec, path: int, named: str) -> None:
     with pytest.raises(UnsupportedError, match=named):
         tuning.check_supported(spec, path)
-
-
-def test_kernels_of_gpu_tests_are_compiled_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUFLASH_CACHE_DIR", str(tmp_path))
-    jobs = [job for job in jobs_of(PLAIN, Target.named("sm_80")) if job[0] == "backward_prepare"]
-    assert jobs
-    pool = in_background([*jobs, *jobs], workers=1)
-    pool.shutdown()
-    assert len(list(tmp_path.rglob("*.cubin"))) == len(jobs)
-    monkeypatch.setattr(jit, "compile_variant", None)  # nothing is left to compile
-    monkeypatch.setattr(jit, "_CUBINS", jit._Once())
-    assert all(jit.cubin(*job).startswith(b"\x7fELF") for job in jobs)

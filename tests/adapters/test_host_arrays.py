@@ -13,7 +13,7 @@ import pytest
 import cuflash
 from tests.contract.backends import in_smallest_chunks
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu_adapter
 MIB = 2**20
 
 
