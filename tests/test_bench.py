@@ -275,6 +275,22 @@ def test_a_problem_that_the_device_cannot_hold_for_all_is_left_out(monkeypatch: 
     assert row["missing"] == dict.fromkeys(("cuflash", "standard"), "out of memory: Unable to allocate 8 EiB")
 
 
+def test_rounds_begin_with_another_contestant_each_and_lead_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int, int]] = []
+    for name, value in {"lead": 0.3, "burst": 0.1, "rounds": 3, "warm_up": 1}.items():
+        monkeypatch.setattr(Cpu, name, value)
+
+    def seconds(_: Cpu, contestant: str, repeats: int, before: int) -> float:
+        seen.append((contestant, repeats, before))
+        return float(len(seen))
+
+    monkeypatch.setattr(Cpu, "seconds", seconds)
+    found = Meter(Cpu(), ())._medians({"a": "a", "b": "b"}, {"a": 0.1, "b": 0.05})  # type: ignore[dict-item]
+    assert [name for name, _, _ in seen] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert set(seen) == {("a", 1, 3), ("b", 2, 6)}
+    assert found == {"a": 5.0, "b": 6.0}  # without the first round
+
+
 @pytest.mark.usefixtures("quick")
 def test_memory_of_standard_attention_is_quadratic() -> None:
     """Two matrices of scores for each head, in float32."""
@@ -342,6 +358,9 @@ def test_a_gpu_is_timed_by_events_without_the_flush(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(gpu, "_flush", SimpleNamespace(fill=lambda value: time.sleep(0.02)))
     contestant = Contestant(call=lambda: time.sleep(0.005) or (), native=lambda x: x, peak=None)
     assert 0.005 <= gpu.seconds(contestant, 3) < 0.02
+    durations = iter((0.05, 0.05, 0.001, 0.001))
+    leading = Contestant(call=lambda: time.sleep(next(durations)) or (), native=lambda x: x, peak=None)
+    assert gpu.seconds(leading, 2, before=2) < 0.05
     inputs: Inputs = gpu.draw(workload())
     assert [x.shape for x in inputs.arrays] == [(2, 96, 4, 16), (2, 96, 2, 16), (2, 96, 2, 16), (2, 96, 4, 16)]
     assert {str(x.dtype) for x in inputs.arrays} == {"bfloat16"}

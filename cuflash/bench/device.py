@@ -33,7 +33,7 @@ class Cpu:
     """NumPy's arrays in float32, one thread for NumPy and for torch."""
 
     xp, on_gpu, dtype = np, False, "float32"
-    burst, rounds, warm_up = 0.02, 5, 1  # seconds of calls behind one timing, and how often
+    lead, burst, rounds, warm_up = 0.0, 0.02, 5, 1  # seconds of calls before a timing and behind it, and how often
 
     def __init__(self) -> None:
         self.name = machine.describe(np)["processor"]
@@ -59,9 +59,11 @@ class Cpu:
         """Fresh normal inputs."""
         return Inputs(np, *(self._random.standard_normal(shape, np.float32) for shape in _shapes(workload)))
 
-    def seconds(self, contestant: Contestant, repeats: int) -> float:
-        """Time of one call."""
+    def seconds(self, contestant: Contestant, repeats: int, before: int = 0) -> float:
+        """Time of one call: the mean of `repeats` after `before` that are not timed."""
         with contestant.scope():
+            for _ in range(before):
+                contestant.call()
             return _wall_seconds(contestant, repeats, self.synchronize)
 
     def synchronize(self) -> None:
@@ -85,7 +87,8 @@ class Gpu:
     call."""
 
     on_gpu = True
-    burst, rounds, warm_up = 0.01, 7, 3
+    # A GPU takes a while to find the clock that its power allows under what it does: of each contestant by itself.
+    lead, burst, rounds, warm_up = 0.03, 0.01, 7, 1
 
     def __init__(self, cupy: Any) -> None:
         self.xp = cupy
@@ -105,20 +108,22 @@ class Gpu:
         """Fresh normal inputs: drawn on the GPU by torch where it has one, else on the host."""
         return Inputs(self.xp, *(self._normal(shape) for shape in _shapes(workload)))
 
-    def seconds(self, contestant: Contestant, repeats: int) -> float:
-        """Time of one call on the GPU, without the flush; of a peer with streams of its own, of a call in a burst that
-        is waited for at its end, unflushed."""
+    def seconds(self, contestant: Contestant, repeats: int, before: int = 0) -> float:
+        """Time of one call on the GPU, without the flush: the mean of `repeats` after `before` that are not timed; of a
+        peer with streams of its own, of a call in a burst that is waited for at its end, unflushed."""
         with contestant.scope():
             if contestant.wait is not None:
+                for _ in range(before):
+                    contestant.call()
                 return _wall_seconds(contestant, repeats, self.synchronize)
-            events = [(self.xp.cuda.Event(), self.xp.cuda.Event()) for _ in range(repeats)]
+            events = [(self.xp.cuda.Event(), self.xp.cuda.Event()) for _ in range(before + repeats)]
             for start, stop in events:
                 self._flush.fill(0)
                 start.record()
                 contestant.call()
                 stop.record()
             self.synchronize()
-            return statistics.mean(self.xp.cuda.get_elapsed_time(*pair) for pair in events) * 1e-3
+            return statistics.mean(self.xp.cuda.get_elapsed_time(*pair) for pair in events[before:]) * 1e-3
 
     def synchronize(self) -> None:
         """Wait for the device, all streams."""

@@ -172,25 +172,30 @@ class Meter:
         return {name: work / seconds for name, seconds in self._medians(contestants, once).items()}
 
     def _medians(self, contestants: Mapping[str, Contestant], once: Mapping[str, float]) -> dict[str, float]:
-        """Seconds of a call of each, `once` being about that: medians of interleaved rounds, after those that warm
-        up."""
+        """Seconds of a call of each, `once` being about that: medians of interleaved rounds, after those that warm up.
+
+        The order moves on by one from round to round: what a contestant leaves behind, heat for one, is not always the
+        same other's.
+        """
         device = self.device
         repeats = {name: max(1, round(device.burst / seconds)) for name, seconds in once.items()}
-        a_round = sum(once[name] * repeats[name] for name in once)
+        before = {name: round(device.lead / seconds) for name, seconds in once.items()}
+        a_round = sum(once[name] * (repeats[name] + before[name]) for name in once)
         rounds = max(1, min(device.warm_up + device.rounds, int(BUDGET / a_round)))
         warm_up = min(device.warm_up, rounds - 1)
         times: dict[str, list[float]] = {name: [] for name in contestants}
-        for _ in range(rounds):
-            for name, contestant in contestants.items():
-                times[name].append(device.seconds(contestant, repeats[name]))
+        for number in range(rounds):
+            for name in _from(number, list(contestants)):
+                times[name].append(device.seconds(contestants[name], repeats[name], before[name]))
         return {name: statistics.median(found[warm_up:]) for name, found in times.items()}
 
     def _host_microseconds(self, contestants: Mapping[str, Contestant]) -> dict[str, float]:
         """What a call takes the host: medians of interleaved rounds of many calls, the device not waited for."""
         times: dict[str, list[float]] = {name: [] for name in contestants}
         calls = _HOST_CALLS if self.device.on_gpu else 1  # a CPU does the work itself
-        for _ in range(_HOST_WARM_UP + _HOST_ROUNDS):
-            for name, contestant in contestants.items():
+        for number in range(_HOST_WARM_UP + _HOST_ROUNDS):
+            for name in _from(number, list(contestants)):
+                contestant = contestants[name]
                 with contestant.scope():
                     self.device.synchronize()
                     results = None
@@ -206,6 +211,12 @@ class Meter:
         """Of keys and values."""
         itemsize = 2 if self.device.on_gpu else 4
         return 2.0 * workload.batch * workload.length * workload.kv_heads * workload.head_dim * itemsize
+
+
+def _from(number: int, names: list[str]) -> list[str]:
+    """The names in a circle, from this one on."""
+    first = number % len(names)
+    return names[first:] + names[:first]
 
 
 def _start(device: Cpu | Gpu, workload: Workload) -> dict[str, float]:
