@@ -285,10 +285,12 @@ def test_rounds_begin_with_another_contestant_each_and_lead_in(monkeypatch: pyte
         return float(len(seen))
 
     monkeypatch.setattr(Cpu, "seconds", seconds)
-    found = Meter(Cpu(), ())._medians({"a": "a", "b": "b"}, {"a": 0.1, "b": 0.05})  # type: ignore[dict-item]
-    assert [name for name, _, _ in seen] == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert set(seen) == {("a", 1, 3), ("b", 2, 6)}
-    assert found == {"a": 5.0, "b": 6.0}  # without the first round
+    monkeypatch.setattr(measure, "BUDGET", 3 * 1.6)
+    meter, contestants = Meter(Cpu(), ()), {name: name for name in ("a", "b", "slow")}
+    found = meter._medians(contestants, {"a": 0.1, "b": 0.05, "slow": 0.9})  # type: ignore[arg-type]
+    assert [name for name, _, _ in seen] == ["a", "b", "b", "a", "a", "b", "a", "b", "slow"]
+    assert set(seen) == {("a", 1, 3), ("b", 2, 6), ("slow", 1, 0)}
+    assert found == {"a": 5.0, "b": 6.0, "slow": 9.0}  # without the first round
 
 
 @pytest.mark.usefixtures("quick")

@@ -88,7 +88,7 @@ class Gpu:
 
     on_gpu = True
     # A GPU takes a while to find the clock that its power allows under what it does: of each contestant by itself.
-    lead, burst, rounds, warm_up = 0.03, 0.01, 7, 1
+    lead, burst, rounds, warm_up = 0.03, 0.01, 5, 1
 
     def __init__(self, cupy: Any) -> None:
         self.xp = cupy

@@ -21,9 +21,9 @@ from cuflash.bench.results import OUT_OF_MEMORY, WRONG
 from cuflash.bench.verify import WrongResult
 from cuflash.bench.workloads import Table, Workload
 
-PATIENCE = 60.0  # seconds that one call of a peer may be foreseen to take
+PATIENCE = 20.0  # seconds that one call of a peer may be foreseen to take
 SLOW = 0.5  # seconds of a call that is not repeated to warm up
-BUDGET = 4.0  # seconds for the rounds of one problem; slow problems get fewer, at least one
+BUDGET = 1.5  # seconds for the rounds of one problem, an equal share for each contestant; at least one round
 _HOST_CALLS, _HOST_ROUNDS, _HOST_WARM_UP = 50, 15, 2  # calls: few enough that no queue of launches fills
 
 # The first forward and backward of a process, the device being ready before.
@@ -177,17 +177,21 @@ class Meter:
         The order moves on by one from round to round: what a contestant leaves behind, heat for one, is not always the
         same other's.
         """
-        device = self.device
+        device, share = self.device, BUDGET / max(1, len(contestants))
         repeats = {name: max(1, round(device.burst / seconds)) for name, seconds in once.items()}
         before = {name: round(device.lead / seconds) for name, seconds in once.items()}
-        a_round = sum(once[name] * (repeats[name] + before[name]) for name in once)
-        rounds = max(1, min(device.warm_up + device.rounds, int(BUDGET / a_round)))
-        warm_up = min(device.warm_up, rounds - 1)
+        rounds = device.warm_up + device.rounds
+        # A slow one joins for the last rounds alone.
+        joins = {
+            name: rounds - max(1, min(rounds, int(share / (once[name] * (repeats[name] + before[name])))))
+            for name in contestants
+        }
         times: dict[str, list[float]] = {name: [] for name in contestants}
         for number in range(rounds):
             for name in _from(number, list(contestants)):
-                times[name].append(device.seconds(contestants[name], repeats[name], before[name]))
-        return {name: statistics.median(found[warm_up:]) for name, found in times.items()}
+                if number >= joins[name]:
+                    times[name].append(device.seconds(contestants[name], repeats[name], before[name]))
+        return {name: statistics.median(found[max(0, device.warm_up - joins[name]) :]) for name, found in times.items()}
 
     def _host_microseconds(self, contestants: Mapping[str, Contestant]) -> dict[str, float]:
         """What a call takes the host: medians of interleaved rounds of many calls, the device not waited for."""
