@@ -32,6 +32,8 @@ def flash_attention(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    bias: Any = None,
+    mask: Any = None,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
     dropout_p: float = 0.0,
@@ -67,6 +69,11 @@ def flash_attention(
         Subtract slope * |q_pos - kv_pos| from the scores; float32 or q's dtype.
     sinks : array [heads] or None
         A logit per head that joins the softmax's denominator; float32 or q's dtype.
+    bias : array that broadcasts to [batch, heads, q_len, kv_len], or None
+        Is added to the scores, after softcap and ALiBi; float32 or q's dtype, any strides; -inf masks. NumPy backend
+        alone, no packed sequences.
+    mask : bool array that broadcasts to [batch, heads, q_len, kv_len], or None
+        Keep the pairs that are True, as far as causal and window_size keep them too. Where bias may be.
     cu_seqlens_q, cu_seqlens_k : int32 or int64 arrays [sequences + 1] or None
         Boundaries of packed sequences, both or neither: start at 0, never decrease, end at most at the total. Rows
         after the last boundary belong to no sequence: output 0, LSE -inf. On a GPU their values are not checked, since
@@ -108,6 +115,7 @@ def flash_attention(
         What this GPU or build cannot do, and what to do instead.
     """
     if type(q) not in arrays.NATIVE and (adapter := _adapter(q)) is not None:
+        _refuse_dense(bias, mask, q)
         return adapter.flash_attention(
             q,
             k,
@@ -130,8 +138,10 @@ def flash_attention(
         )
     check_flag("return_lse", return_lse)
     inputs, signatures = _inputs(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
+    dense, dense_signatures = _dense(bias, mask)
     options = (
         *(causal, window_size, scale, softcap, dropout_p, seed is not None, deterministic, allow_tf32, layout, backend),
+        *dense_signatures,
     )
     plan: ForwardPlan = plans.forward(*signatures, *options)
     seed = plans.checked_seed(seed)
@@ -143,7 +153,7 @@ def flash_attention(
     else:
         _check_values(plan, inputs)
         out, lse = (arrays.empty(result) for result in (plan.out, plan.lse))
-        problem, (q_, k_, v_), extras = _for_numpy(plan, inputs, seed)
+        problem, (q_, k_, v_), extras = _for_numpy(plan, inputs, dense, seed)
         numpy_backend.forward(problem, q_, k_, v_, _head_minor(plan, out), lse, extras)
     return (arrays.like(out, q), arrays.like(lse, q)) if return_lse else arrays.like(out, q)
 
@@ -162,6 +172,8 @@ def flash_attention_backward(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    bias: Any = None,
+    mask: Any = None,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
     dropout_p: float = 0.0,
@@ -205,10 +217,12 @@ def flash_attention_backward(
 
     Returns
     -------
-    (dq, dk, dv), or (dq, dk, dv, dsinks) with sinks
-        dsinks [heads] in sinks' dtype. Rows that attend to nothing have zero gradients.
+    (dq, dk, dv), then dsinks with sinks and dbias with bias
+        dsinks [heads] and dbias, which has the shape of bias and is summed over the axes along which that is broadcast,
+        in their dtypes. Rows that attend to nothing have zero gradients.
     """
     if type(q) not in arrays.NATIVE and (adapter := _adapter(q)) is not None:
+        _refuse_dense(bias, mask, q)
         return adapter.flash_attention_backward(
             dout,
             q,
@@ -239,14 +253,16 @@ def flash_attention_backward(
         )
     others = _operands(("dout", "out", "lse", "dlse", "dq", "dk", "dv"), (dout, out, lse, dlse, dq, dk, dv), 3)
     inputs, signatures = _inputs(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
+    dense, dense_signatures = _dense(bias, mask)
     options = (
         *(causal, window_size, scale, softcap, dropout_p, seed is not None, deterministic, allow_tf32, layout, backend),
+        *dense_signatures,
     )
     signatures = (*[None if array is None else arrays.signature(array) for array in others], *signatures)
     plan: BackwardPlan = plans.backward(*signatures, accumulate, memory, *options)
     seed = plans.checked_seed(seed)
     dout_, out_, lse_, dlse_, *given = others
-    check_overlap(dict(zip(("dq", "dk", "dv"), given, strict=True)), (dout_, out_, lse_, dlse_, *inputs))
+    check_overlap(dict(zip(("dq", "dk", "dv"), given, strict=True)), (dout_, out_, lse_, dlse_, *inputs, *dense))
     operands = (dout_, out_, lse_, dlse_, *inputs)
     if plan.device >= 0:
         targets = _cuda().backward(plan, operands, given, seed)
@@ -256,15 +272,17 @@ def flash_attention_backward(
     else:
         _check_values(plan.forward, inputs)
         targets = plans.targets(plan, given, arrays.empty)
-        problem, (q_, k_, v_), extras = _for_numpy(plan.forward, inputs, seed)
+        problem, (q_, k_, v_), extras = _for_numpy(plan.forward, inputs, dense, seed)
         dout_, out_, dq_, dk_, dv_ = (_head_minor(plan.forward, array) for array in (dout_, out_, *targets[:3]))
-        dsinks = targets[3] if len(targets) > 3 else None
-        arguments = (problem, dout_, q_, k_, v_, out_, lse_, dlse_, dq_, dk_, dv_, dsinks, extras)
+        dsinks, dbias = (dict(zip(plan.gradients, targets, strict=True)).get(name) for name in ("dsinks", "dbias"))
+        if dbias is not None:
+            dbias = _four_axes(dbias)
+        arguments = (problem, dout_, q_, k_, v_, out_, lse_, dlse_, dq_, dk_, dv_, dsinks, dbias, extras)
         numpy_backend.backward(*arguments, accumulate=plan.accumulate, lean=plan.lean)
     # Handing arrays to another library comes after the launches: its stream then waits for what they write.
     return tuple(
         arrays.like(target, q) if array is None else array
-        for target, array in zip(targets, (dq, dk, dv, None), strict=False)
+        for target, array in zip(targets, (dq, dk, dv, None, None), strict=False)
     )
 
 
@@ -313,6 +331,20 @@ def _inputs(
     return inputs, [None if array is None else arrays.signature(array) for array in inputs]
 
 
+def _dense(bias: Any, mask: Any) -> tuple[Sequence[Any], Sequence[Signature | None]]:
+    """bias and mask as a backend takes them, and what they add to the options of a plan: nothing if there are none."""
+    if bias is None and mask is None:
+        return (None, None), ()
+    found = _operands(("bias", "mask"), (bias, mask), 0)
+    return found, [None if array is None else arrays.signature(array) for array in found]
+
+
+def _refuse_dense(bias: Any, mask: Any, q: Any) -> None:
+    for name, array in (("bias", bias), ("mask", mask)):
+        if array is not None:
+            raise UnsupportedError(f"{name}: got an array with q a {type(q).__name__}; allowed: None, or NumPy arrays")
+
+
 def _operands(names: Sequence[str], given: Sequence[Any], required: int) -> list[Any]:
     """Arrays as a backend takes them: NumPy's and CuPy's as they are, any other as a view through DLPack; None where
     there is none, unless it is one of the first `required`."""
@@ -359,10 +391,20 @@ def _head_minor(plan: ForwardPlan, array: Any) -> Any:
 
 
 def _for_numpy(
-    plan: ForwardPlan, inputs: Sequence[Any], seed: int
+    plan: ForwardPlan, inputs: Sequence[Any], dense: Sequence[Any], seed: int
 ) -> tuple[Problem, tuple[np.ndarray, np.ndarray, np.ndarray], Extras]:
     q, k, v = (_head_minor(plan, array) for array in inputs[:3])
-    return replace(plan.problem, seed=seed) if seed else plan.problem, (q, k, v), Extras(*inputs[3:])
+    bias, mask = (None if array is None else _four_axes(array) for array in dense)
+    return (
+        replace(plan.problem, seed=seed) if seed else plan.problem,
+        (q, k, v),
+        Extras(*inputs[3:], bias=bias, mask=mask),
+    )
+
+
+def _four_axes(array: np.ndarray) -> np.ndarray:
+    """A view with the axes [batch, heads, q_len, kv_len]."""
+    return array[(None,) * (4 - array.ndim)]
 
 
 def _check_values(plan: ForwardPlan, inputs: Sequence[Any]) -> None:
@@ -389,8 +431,8 @@ def _check_boundaries(name: str, cu_seqlens: np.ndarray, total: int) -> None:
 
 def check_overlap(given: dict[str, Any], inputs: Sequence[Any]) -> None:
     """Gradients may share no memory with the inputs nor with each other."""
-    names = ("dout", "out", "lse", "dlse", *plans.INPUTS)
-    others = {name: array for name, array in zip(names, inputs, strict=True) if array is not None}
+    names = ("dout", "out", "lse", "dlse", *plans.INPUTS, "bias", "mask")
+    others = {name: array for name, array in zip(names, inputs, strict=False) if array is not None}
     for name, array in given.items():
         if array is None:
             continue

@@ -72,12 +72,14 @@ def backward(
     dk: np.ndarray,
     dv: np.ndarray,
     dsinks: np.ndarray | None,
+    dbias: np.ndarray | None,
     extras: Extras,
     *,
     accumulate: bool,
     lean: bool,
 ) -> None:
-    """Write (or with `accumulate` add) the gradients into dq, dk, dv; dsinks [heads] is always written.
+    """Write (or with `accumulate` add) the gradients into dq, dk, dv; dsinks [heads] and dbias, shaped as extras.bias,
+    are always written.
 
     There is one way, which is lean.
     """
@@ -86,6 +88,7 @@ def backward(
             _clear_outside(extras.cu_seqlens_q, dq)
             _clear_outside(extras.cu_seqlens_k, dk, dv)
         dsinks_sum = np.zeros(problem.heads)
+        dbias_sum = None if dbias is None else np.zeros(dbias.shape, lse.dtype)
         for sequence in _sequences(problem, extras):
             work = _work_dtype(problem, sequence, lse.dtype)
             for kv_head in range(problem.kv_heads):
@@ -94,7 +97,9 @@ def backward(
                 dk_head, dv_head = np.zeros_like(k_head), np.zeros_like(v_head)
                 for head in range(kv_head * problem.group, (kv_head + 1) * problem.group):
                     dq_head, dsink = _backward_head(
-                        problem, sequence, head, dout, q, k_head, v_head, out, lse, dlse, dk_head, dv_head, extras
+                        *(problem, sequence, head, dout, q, k_head, v_head, out, lse, dlse, dk_head, dv_head),
+                        None if dbias_sum is None else _of_head(dbias_sum, sequence, head),
+                        extras,
                     )
                     _store(dq[sequence.q_index][:, head], dq_head, accumulate)
                     dsinks_sum[head] += dsink
@@ -103,6 +108,8 @@ def backward(
                 _store(dv[sequence.kv_index][:, kv_head], dv_head, accumulate)
         if dsinks is not None:
             dsinks[...] = dsinks_sum
+        if dbias is not None:
+            dbias[...] = dbias_sum
 
 
 def _forward_head(
@@ -143,9 +150,10 @@ def _backward_head(
     dlse: np.ndarray | None,
     dk_head: np.ndarray,
     dv_head: np.ndarray,
+    dbias_head: np.ndarray | None,
     extras: Extras,
 ) -> tuple[np.ndarray, float]:
-    """Add one query head to dK and dV; return its dQ [q_len, head_dim] and its sink's gradient."""
+    """Add one query head to dK, dV and dbias; return its dQ [q_len, head_dim] and its sink's gradient."""
     scores = _Scores(problem, sequence, head, extras, k_head)
     q_head, out_head, dout_head = (x[sequence.q_index][:, head] for x in (q, out, dout))
     lse_head = _rows(lse, sequence, head)
@@ -177,6 +185,8 @@ def _backward_head(
                 dv_head[cols] += p.T @ dout_tile  # dV += P^T dO  [cols, head_dim_v]
             dp -= delta[:, None]
             dp *= p  # dS = P * (dP - D)
+            if dbias_head is not None:
+                _add_broadcast(dbias_head, rows, cols, dp)
             if softcap_slope is not None:
                 dp *= softcap_slope
             dq_tile += dp @ k_head[cols]  # dQ += dS K  [rows, head_dim]
@@ -221,6 +231,10 @@ class _Scores:
             self.slope = self.dtype.type(slopes[head])
         if extras.sinks is not None:
             self.sink = self.dtype.type(extras.sinks[head])
+        self.bias, self.kept = (
+            None if x is None else np.broadcast_to(_of_head(x, sequence, head), (sequence.q_len, sequence.kv_len))
+            for x in (extras.bias, extras.mask)
+        )
 
     def kv_tiles(self, rows: slice) -> Iterator[slice]:
         """The tiles of keys that at least one query of `rows` may attend to; the others are never touched."""
@@ -262,7 +276,7 @@ class _Scores:
         return total, np.where(empty, -np.inf, reference + np.log(np.where(empty, 1, denominator)))
 
     def tile(self, q_tile: np.ndarray, rows: slice, cols: slice) -> tuple[np.ndarray, np.ndarray | None]:
-        """S [rows, cols] with softcap, ALiBi and mask, and d softcap / d score where there is a softcap."""
+        """S [rows, cols] with softcap, ALiBi, bias and masks, and d softcap / d score where there is a softcap."""
         problem, mask = self.problem, self.problem.mask
         s = q_tile @ self.k_head[cols].T
         s *= self.dtype.type(problem.scale)
@@ -276,6 +290,11 @@ class _Scores:
         kv_pos = np.arange(cols.start, cols.stop)[None, :]
         if self.slope is not None:
             s -= self.slope * np.abs(q_pos - kv_pos).astype(self.dtype)
+        if self.bias is not None:
+            s += self.bias[rows, cols].astype(self.dtype)
+            np.copyto(s, -np.inf, where=np.isneginf(self.bias[rows, cols]))  # whatever the score
+        if self.kept is not None:
+            np.copyto(s, -np.inf, where=~self.kept[rows, cols])
         start, stop = mask.kv_range_unmasked(rows.start, rows.stop, self.sequence.q_len, self.sequence.kv_len)
         if cols.start < start or cols.stop > stop:
             np.copyto(s, -np.inf, where=~mask.allowed(q_pos, kv_pos))
@@ -307,6 +326,21 @@ def _sequences(problem: Problem, extras: Extras) -> Iterator[_Sequence]:
     for batch in range(problem.batch):
         q_slice, kv_slice = slice(*q_bounds[batch : batch + 2]), slice(*kv_bounds[batch : batch + 2])
         yield _Sequence(batch, q_slice, kv_slice, q_slice.stop - q_slice.start, kv_slice.stop - kv_slice.start)
+
+
+def _of_head(x: np.ndarray, sequence: _Sequence, head: int) -> np.ndarray:
+    """One head's part, a view, of an array [batch, heads, q_len, kv_len] whose axes have length 1 where they are
+    broadcast."""
+    return x[sequence.batch if x.shape[0] > 1 else 0, head if x.shape[1] > 1 else 0]
+
+
+def _add_broadcast(target: np.ndarray, rows: slice, cols: slice, tile: np.ndarray) -> None:
+    """Add a tile [rows, cols] to a matrix whose axes have length 1 where they are broadcast, and are summed over."""
+    for axis, length in enumerate(target.shape):
+        if length == 1:
+            tile = tile.sum(axis=axis, keepdims=True)
+    whole = slice(None)
+    target[whole if target.shape[0] == 1 else rows, whole if target.shape[1] == 1 else cols] += tile
 
 
 def _rows(statistic: np.ndarray, sequence: _Sequence, head: int) -> np.ndarray:

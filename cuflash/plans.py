@@ -18,6 +18,7 @@ import numpy as np
 
 from cuflash import masking
 from cuflash.arrays import Signature
+from cuflash.errors import UnsupportedError
 from cuflash.spec import DTYPES, Problem, Spec
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class ForwardPlan(_Launched):
     device: int  # that the arrays are on, of a GPU, else -1: with "cuda" they must be copied to one
     head_major: bool
     inputs: dict[str, Signature | None]  # by INPUTS
+    bias: Signature | None
     out: Signature
     lse: Signature
     _launches: dict[bool, launch.Plan] = field(default_factory=dict)
@@ -100,7 +102,7 @@ class BackwardPlan(_Launched):
     accumulate: bool
     lean: bool
     others: dict[str, Signature | None]  # dout, out, lse, dlse
-    gradients: dict[str, Signature]  # dq, dk, dv and, with sinks, dsinks
+    gradients: dict[str, Signature]  # dq, dk, dv, with sinks dsinks, with bias dbias
     _launches: dict[bool, launch.Plan] = field(default_factory=dict)
 
     def _arrays_and_ways(self) -> tuple[dict[str, Signature | None], dict[str, bool]]:
@@ -109,8 +111,8 @@ class BackwardPlan(_Launched):
 
 
 def targets(plan: BackwardPlan, given: Sequence[Any], empty: Callable[[Signature], Any]) -> list[Any]:
-    """Where the gradients go: dq, dk and dv as they are given, those that are None and dsinks new ones of `empty`."""
-    pairs = zip(plan.gradients.values(), (*given, None), strict=False)  # dsinks, the fourth, only with sinks
+    """Where the gradients go: dq, dk and dv as they are given, and new ones of `empty` for None and for all others."""
+    pairs = zip(plan.gradients.values(), (*given, None, None), strict=False)  # dsinks and dbias are never given
     return [empty(like) if array is None else array for like, array in pairs]
 
 
@@ -175,6 +177,8 @@ def forward(
     allow_tf32: Any,
     layout: Any,
     backend: Any,
+    bias: Signature | None = None,
+    mask: Signature | None = None,
 ) -> ForwardPlan:
     """Validate a forward, whose arrays look like this; None for those that it does not have. All arguments are those of
     `cuflash.flash_attention`, but for `seeded`, whether there is a seed.
@@ -238,10 +242,21 @@ def forward(
                 bad(name, f"dtype {array.dtype}", f"float32 or q's dtype, {q.dtype}", TypeError)
             _check_device(name, array, q)
 
+    for name, array in (("bias", bias), ("mask", mask)):
+        if array is not None:
+            if packed:
+                bad(name, "an array with cu_seqlens_q", "None where sequences are packed")
+            _check_broadcasts(name, array, (batch, heads, q_len, kv_len))
+            _check_device(name, array, q)
+    if bias is not None and bias.dtype not in ("float32", q.dtype):
+        bad("bias", f"dtype {bias.dtype}", f"float32 or q's dtype, {q.dtype}", TypeError)
+    if mask is not None and mask.dtype != "bool":
+        bad("mask", f"dtype {mask.dtype}", "bool, True where a query may attend", TypeError)
+
     left, right = _checked_window(window_size)
-    mask = masking.window(left, right)
+    bounds = masking.window(left, right)
     if causal:
-        mask &= masking.causal()
+        bounds &= masking.causal()
     dropout_p = _checked_real("dropout_p", dropout_p, "a number in [0, 1)", lambda p: 0 <= p < 1)
     if dropout_p > 0 and not seeded:
         bad("seed", f"None with dropout_p={dropout_p}", "an integer in [0, 2**64), the same forward and backward")
@@ -257,8 +272,8 @@ def forward(
             dtype=q.dtype,
             head_dim=head_dim,
             head_dim_v=head_dim_v,
-            bounded_left=mask.left is not None,
-            bounded_right=mask.right is not None,
+            bounded_left=bounds.left is not None,
+            bounded_right=bounds.right is not None,
             softcap=softcap is not None,
             alibi=alibi_slopes is not None,
             sinks=sinks is not None,
@@ -267,7 +282,7 @@ def forward(
             deterministic=bool(deterministic),
             allow_tf32=bool(allow_tf32),
         ),
-        mask=mask,
+        mask=bounds,
         batch=batch,
         heads=heads,
         kv_heads=kv_heads,
@@ -279,12 +294,17 @@ def forward(
         seed=0,
     )
     statistic = (heads, q_len) if packed else (batch, heads, q_len)
+    backend = _checked_backend(backend, q.device)
+    if backend == "cuda" and not (bias is None and mask is None):
+        name = "mask" if bias is None else "bias"
+        raise UnsupportedError(f"{name}: got an array with backend 'cuda'; allowed: None, or NumPy arrays on the CPU")
     return ForwardPlan(
         problem=problem,
-        backend=_checked_backend(backend, q.device),
+        backend=backend,
         device=-1 if q.device == "cpu" else int(q.device.removeprefix("cuda:")),
         head_major=head_major,
         inputs=dict(zip(INPUTS, (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k), strict=True)),
+        bias=bias,
         out=contiguous(q._replace(shape=(*q.shape[:-1], head_dim_v))),
         lse=contiguous(q._replace(shape=statistic, dtype="float64" if q.dtype == "float64" else "float32")),
     )
@@ -331,6 +351,8 @@ def backward(
     sinks = plan.inputs["sinks"]
     if sinks is not None:
         gradients["dsinks"] = contiguous(sinks)
+    if plan.bias is not None:
+        gradients["dbias"] = contiguous(plan.bias)
     return BackwardPlan(
         forward=plan,
         problem=plan.problem,
@@ -411,6 +433,12 @@ def _checked_backend(backend: Any, device: str) -> str:
 def _check_device(name: str, array: Signature, q: Signature) -> None:
     if array.device != q.device:
         bad(name, f"an array on {array.device}", f"q's device, {q.device}")
+
+
+def _check_broadcasts(name: str, array: Signature, shape: tuple[int, ...]) -> None:
+    axes = zip(reversed(array.shape), reversed(shape), strict=False)
+    if len(array.shape) > len(shape) or any(length not in (1, whole) for length, whole in axes):
+        bad(name, f"shape {array.shape}", f"one that broadcasts to [batch, heads, q_len, kv_len], {shape}")
 
 
 def _check_strides(name: str, array: Signature) -> None:

@@ -6,11 +6,12 @@ result rounded to the dtype. The error of that naive computation is what the tes
 
 One head, with whole matrices [q_len, kv_len]:
 
-    S = scale * Q K^T;  S = softcap * tanh(S / softcap);  S = S - slope * |q_pos - kv_pos|;  S = -inf where masked
+    S = scale * Q K^T;  S = softcap * tanh(S / softcap);  S = S - slope * |q_pos - kv_pos|
+    S = S + bias;  S = -inf where masked
     LSE = log(exp(sink) + sum_j exp(S_j));  P = exp(S - LSE);  P' = keep * P / (1 - dropout_p);  O = P' V
 
     dV = P'^T dO;  dP = keep * (dO V^T) / (1 - dropout_p);  D = rowsum(dO * O)
-    dS = P * (dP - D + dLSE);  dsink = sum_i exp(sink - LSE_i) * (dLSE_i - D_i)
+    dS = P * (dP - D + dLSE);  dbias = dS;  dsink = sum_i exp(sink - LSE_i) * (dLSE_i - D_i)
     dS = dS * (1 - tanh^2);  dQ = scale * dS K;  dK = scale * dS^T Q
 
 A masked pair contributes exactly nothing, even where K or V hold NaN or Inf: it is left out, not multiplied by zero.
@@ -39,6 +40,8 @@ class Options:
     softcap: float | None = None
     alibi_slopes: np.ndarray | None = None  # [heads] or [batch, heads]
     sinks: np.ndarray | None = None  # [heads]
+    bias: np.ndarray | None = None  # broadcasts to [batch, heads, q_len, kv_len]; -inf masks
+    mask: np.ndarray | None = None  # the same, bool: True may attend
     cu_seqlens_q: np.ndarray | None = None  # [batch + 1]
     cu_seqlens_k: np.ndarray | None = None  # [batch + 1]
     dropout_p: float = 0.0
@@ -46,7 +49,7 @@ class Options:
     layout: str = "bshd"
 
     @property
-    def mask(self) -> masking.Mask:
+    def bounds(self) -> masking.Mask:
         mask = masking.causal() if self.causal else masking.full()
         return mask if self.window_size is None else mask & masking.window(*self.window_size)
 
@@ -84,9 +87,10 @@ def attention_backward(
     dtype: Any = np.float64,
     **options: Any,
 ) -> tuple[np.ndarray, ...]:
-    """Gradients of sum(out * dout) + sum(lse * dlse): (dq, dk, dv), with sinks (dq, dk, dv, dsinks), of type `dtype`.
+    """Gradients of sum(out * dout) + sum(lse * dlse): (dq, dk, dv), then dsinks with sinks and dbias with bias, of type
+    `dtype`.
 
-    `dout` is shaped as out and `dlse` as lse; the gradients are shaped as q, k, v and sinks. A row that may attend to
+    `dout` is shaped as out and `dlse` as lse, the gradients as q, k, v, sinks and bias. A row that may attend to
     nothing and has no sink has zero gradients whatever its dout and dlse.
     """
     settings = Options(**options)
@@ -94,6 +98,7 @@ def attention_backward(
     # Query heads of a group add into one dk and dv, sequences into one dsinks: summed here before the last rounding.
     dq, dk, dv = (np.zeros(x.shape, _work_dtype(dtype)) for x in (q, k, v))
     dsinks = np.zeros(_lse_shape(q, settings)[-2], _work_dtype(dtype))
+    dbias = None if settings.bias is None else np.zeros(settings.bias.shape, _work_dtype(dtype))
     if dlse is None:
         dlse = np.zeros(_lse_shape(q, settings), _work_dtype(dtype))
 
@@ -101,14 +106,18 @@ def attention_backward(
     dks, dvs = (_sequences(x, settings.cu_seqlens_k, settings.layout) for x in (dk, dv))
     dlses = _lse_sequences(dlse, settings.cu_seqlens_q)
     for sequence, index, kv_index, head in _heads(q, k, v, settings, dtype):
-        head_dq, head_dk, head_dv, head_dsink = head.backward(douts[sequence][index], dlses[sequence][index])
+        head_dq, head_dk, head_dv, head_dsink, head_dbias = head.backward(
+            douts[sequence][index], dlses[sequence][index]
+        )
         dqs[sequence][index] = head_dq
         dks[sequence][kv_index] += head_dk
         dvs[sequence][kv_index] += head_dv
         dsinks[index] += head_dsink
+        if dbias is not None:
+            _add_broadcast(dbias, sequence, index, head_dbias)
 
-    gradients = tuple(_keep(x, dtype).astype(dtype) for x in (dq, dk, dv, dsinks))
-    return gradients[:3] if settings.sinks is None else gradients
+    gradients = (dq, dk, dv, None if settings.sinks is None else dsinks, dbias)
+    return tuple(_keep(x, dtype).astype(dtype) for x in gradients if x is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +143,7 @@ class _Head:
     scale: float
     softcap: float | None
     slope: float | None
+    bias: np.ndarray | None  # [q_len, kv_len]
     sink: float | None
     dropout_p: float
     dtype: np.dtype
@@ -150,6 +160,8 @@ class _Head:
             q_pos = np.arange(q_len)[:, None] + (kv_len - q_len)
             distance = np.abs(q_pos - np.arange(kv_len)[None, :])
             scores = self._keep(scores - self.slope * distance.astype(scores.dtype))
+        if self.bias is not None:
+            scores = self._keep(scores + self.bias)
         scores = np.where(self.allowed, scores, -np.inf)
 
         sink = -np.inf if self.sink is None else self.sink
@@ -170,8 +182,10 @@ class _Head:
         )
 
     @np.errstate(all="ignore")
-    def backward(self, dout: np.ndarray, dlse: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-        """(dq, dk, dv, dsink) of this head."""
+    def backward(
+        self, dout: np.ndarray, dlse: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, np.ndarray]:
+        """(dq, dk, dv, dsink, dbias) of this head."""
         dout, dlse = (x.astype(self.q.dtype) for x in (dout, dlse))
         stages = self.forward()
         dv = _sum_allowed(self.allowed.T, stages.dropped.T, dout)
@@ -180,7 +194,7 @@ class _Head:
 
         delta = (dout * stages.out).sum(axis=1)
         d_scores = stages.probabilities * (d_probabilities + (dlse - delta)[:, None])
-        d_scores = self._keep(np.where(self.allowed, d_scores, 0))
+        d_scores = d_bias = self._keep(np.where(self.allowed, d_scores, 0))
         if stages.tanh is not None:
             d_scores = self._keep(np.where(self.allowed, d_scores * (1 - stages.tanh**2), 0))
         dq = self.scale * _sum_allowed(self.allowed, d_scores, self.k)
@@ -188,7 +202,7 @@ class _Head:
         dsink = 0.0
         if self.sink is not None and self.sink > -np.inf:  # exp(-inf) is no sink, also where LSE is -inf
             dsink = (np.exp(self.sink - stages.lse) * (dlse - delta)).sum()
-        return self._keep(dq), self._keep(dk), self._keep(dv), dsink
+        return self._keep(dq), self._keep(dk), self._keep(dv), dsink, d_bias
 
     def _drop(self, matrix: np.ndarray) -> np.ndarray:
         """Dropout, which is its own transpose: forward it drops P, backward it drops dP."""
@@ -217,20 +231,45 @@ def _heads(
             if settings.dropout_p > 0:
                 assert settings.seed is not None
                 kept = keep_mask(settings.seed, settings.dropout_p, sequence, index, 0, q_len, 0, kv_len)
+            allowed = settings.bounds.dense(q_len, kv_len)
+            bias = None
+            if settings.mask is not None:
+                allowed = allowed & _of_head(settings.mask, sequence, index, q_len, kv_len)
+            if settings.bias is not None:
+                bias = _of_head(settings.bias, sequence, index, q_len, kv_len).astype(work)
+                allowed = allowed & ~np.isneginf(bias)
             head = _Head(
                 q=q_heads[index].astype(work),
                 k=k_heads[kv_index].astype(work),
                 v=v_heads[kv_index].astype(work),
-                allowed=settings.mask.dense(q_len, kv_len),
+                allowed=allowed,
                 kept=kept,
                 scale=head_dim**-0.5 if settings.scale is None else settings.scale,
                 softcap=settings.softcap,
                 slope=None if slopes is None else float(slopes[index]),
+                bias=bias,
                 sink=None if sinks is None else float(sinks[index]),
                 dropout_p=settings.dropout_p,
                 dtype=dtype,
             )
             yield sequence, index, kv_index, head
+
+
+def _of_head(x: np.ndarray, sequence: int, head: int, q_len: int, kv_len: int) -> np.ndarray:
+    """One head's [q_len, kv_len] of an array that broadcasts to [batch, heads, q_len, kv_len]."""
+    x = x.reshape((1,) * (4 - x.ndim) + x.shape)
+    matrix = x[sequence if x.shape[0] > 1 else 0, head if x.shape[1] > 1 else 0]
+    return np.broadcast_to(matrix, (q_len, kv_len))
+
+
+def _add_broadcast(total: np.ndarray, sequence: int, head: int, matrix: np.ndarray) -> None:
+    """Add one head's [q_len, kv_len] to where it was broadcast from."""
+    total = total.reshape((1,) * (4 - total.ndim) + total.shape)  # a view, as `total` is contiguous
+    target = total[sequence if total.shape[0] > 1 else 0, head if total.shape[1] > 1 else 0]
+    for axis in (0, 1):
+        if target.shape[axis] == 1:
+            matrix = matrix.sum(axis=axis, keepdims=True)
+    target += matrix
 
 
 def _sequences(x: np.ndarray, cu_seqlens: np.ndarray | None, layout: str) -> list[np.ndarray]:

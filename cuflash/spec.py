@@ -115,3 +115,5 @@ class Extras(NamedTuple):
     sinks: Any = None  # [heads]
     cu_seqlens_q: Any = None  # [sequences + 1]
     cu_seqlens_k: Any = None
+    bias: Any = None  # [batch, heads, q_len, kv_len], an axis of length 1 where it is broadcast
+    mask: Any = None  # the same, bool: True may attend

@@ -29,6 +29,7 @@ class Backend:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     marks: tuple[pytest.MarkDecorator, ...] = ()
     memory: Callable[[Any], np.ndarray] | None = None  # all of the memory that an array made by `array` is a view of
+    dense: bool = False  # it takes bias and mask
     adapter: bool = False  # another entry's backend through an adapter: laws of the results are that entry's
     forced_arch: str | None = None  # CUFLASH_FORCE_ARCH; the backend compiles a kernel for each new Spec
     # What the products of a result lose by their documented precision: (case, inputs, name, oracle) -> error
@@ -251,8 +252,8 @@ def _torch(device: str, *, autograd: bool) -> Backend:
 
 
 BACKENDS = [
-    Backend(name="numpy", array=lambda x: x, numpy=lambda x: x, memory=memory_of),
-    Backend(name="dlpack", array=DLPackArray, numpy=lambda x: x._array),
+    Backend(name="numpy", array=lambda x: x, numpy=lambda x: x, memory=memory_of, dense=True),
+    Backend(name="dlpack", array=DLPackArray, numpy=lambda x: x._array, dense=True),
     _cupy("native", "float16", "bfloat16", "float32"),
     _cupy("sm_80", "float16", "bfloat16", "float32"),
     _cupy("sm_75", "float16"),

@@ -41,7 +41,7 @@ def expected_forward(case: Case, inputs: Inputs) -> dict[str, Expected]:
 
 
 def expected_backward(case: Case, inputs: Inputs, forward: dict[str, Expected]) -> dict[str, Expected]:
-    """dq, dk, dv, and dsinks where the case has sinks; `forward` is what the forward must give."""
+    """dq, dk, dv, then dsinks and dbias where there are sinks and a bias; `forward` is what the forward must give."""
     dtype = np.dtype(DTYPES[case.dtype])
     options: dict[str, Any] = {**inputs.options, "dlse": inputs.dlse}
     oracle = attention_backward(inputs.dout, inputs.q, inputs.k, inputs.v, **options)
@@ -49,13 +49,16 @@ def expected_backward(case: Case, inputs: Inputs, forward: dict[str, Expected]) 
     if case.dtype != "float64":
         naive = attention_backward(inputs.dout, inputs.q, inputs.k, inputs.v, dtype=dtype, **options)
     expected = {}
-    for name, exact, rounded in zip(("dq", "dk", "dv", "dsinks"), oracle, naive, strict=False):
+    extras = [f"d{name}" for name in ("sinks", "bias") if inputs.options.get(name) is not None]
+    for name, exact, rounded in zip(("dq", "dk", "dv", *extras), oracle, naive, strict=True):
         given = inputs.given.get(name)
         result_dtype = dtype if given is None else given.dtype
         typical = 0.0
         if name == "dsinks":
             result_dtype = inputs.options["sinks"].dtype
             typical = _typical_dsinks_error(inputs, forward)
+        elif name == "dbias":
+            result_dtype = inputs.options["bias"].dtype
         if given is not None and case.gradients == "added to":
             exact = exact + given.astype(np.float64)
             rounded = (rounded.astype(case.accumulation_dtype) + given).astype(result_dtype)

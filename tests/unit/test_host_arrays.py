@@ -356,7 +356,7 @@ class _Kernels:
             return
         names = ("dout", "q", "k", "v", "out", "lse", "dlse", "dq", "dk", "dv", "dsinks")
         operands = [found[name] for name in names]
-        numpy_backend.backward(problem, *operands, extras, accumulate=ways["accumulate"], lean=ways["lean"])
+        numpy_backend.backward(problem, *operands, None, extras, accumulate=ways["accumulate"], lean=ways["lean"])
 
 
 @pytest.fixture(params=["late", "at once"])
