@@ -350,7 +350,7 @@ class _Kernels:
             if plan.head_major and name in launch.TENSORS:
                 found[name] = found[name].swapaxes(-3, -2)
         problem = replace(plan.problem, seed=seed)
-        extras = Extras(*(found[name] for name in Extras._fields))
+        extras = Extras(*map(found.get, Extras._fields))
         if not ways["backward"]:
             numpy_backend.forward(problem, *(found[name] for name in ("q", "k", "v", "out", "lse")), extras)
             return
