@@ -174,8 +174,8 @@ class Meter:
     def _medians(self, contestants: Mapping[str, Contestant], once: Mapping[str, float]) -> dict[str, float]:
         """Seconds of a call of each, `once` being about that: medians of interleaved rounds, after those that warm up.
 
-        The order moves on by one from round to round: what a contestant leaves behind, heat for one, is not always the
-        same other's.
+        The order moves on by one from round to round, so that what a contestant leaves behind, heat for one, does not
+        always meet the same.
         """
         device, share = self.device, BUDGET / max(1, len(contestants))
         repeats = {name: max(1, round(device.burst / seconds)) for name, seconds in once.items()}
