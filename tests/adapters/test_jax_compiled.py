@@ -18,6 +18,7 @@ import pytest
 import cuflash
 from tests.adapters import jax_backend
 from tests.adapters.test_jax import draw, on_numpy
+from tests.adapters.test_jax_contract import IN_JAX, lower
 from tests.adapters.test_jax_devices import attention_arrays, loss
 from tests.unit.conftest import compiler  # noqa: F401
 
@@ -263,6 +264,17 @@ def test_the_route_is_read_when_a_program_is_lowered(compiled_for: Any, monkeypa
 
 
 # ---- flat entries ------------------------------------------------------------------------------------------------
+
+
+def test_cases_of_the_contract_are_lowered_ahead(compiled_for: Any, monkeypatch: pytest.MonkeyPatch):
+    """With the kernels that the calls then ask for."""
+    compiled_for(HOPPER)
+    asked: list[str] = []
+    monkeypatch.setattr(jit, "cubin", lambda *job: asked.append(job[0]) or b"")
+    case = next(case for case in IN_JAX if case.dtype == "bfloat16" and case.sinks and not case.sequences)
+    lower(case)
+    assert {"backward_prepare", "backward_sinks"} < set(asked)
+    assert any(name.startswith("forward") for name in asked)
 
 
 @pytest.mark.usefixtures("compiler")

@@ -7,13 +7,17 @@ test_properties.py would each be compiled for.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 
+import cuflash
 from tests.adapters import jax_backend
 from tests.contract.backends import Backend
-from tests.contract.cases import CASES, make_inputs
+from tests.contract.cases import CASES, Case, make_inputs
 from tests.contract.conftest import Prepared
 from tests.contract.expected import expected_backward, expected_forward
 from tests.contract.test_contract import (  # noqa: F401
@@ -34,10 +38,40 @@ IN_JAX = [replace(case, gradients="new", gradients_dtype="same") for case in CAS
 
 
 @pytest.fixture(params=jax_backend.BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Backend:
+def backend(request: pytest.FixtureRequest, jax_route: str | None) -> Backend:
     if request.param.forced_arch is not None:
-        request.getfixturevalue("compiled")
+        request.getfixturevalue("lowered" if jax_route == "compiled" else "compiled")
     return request.param
+
+
+@pytest.fixture(scope="module")
+def lowered(request: pytest.FixtureRequest) -> None:
+    """Lower the collected cases of the compiled route at the same time, which compiles their kernels."""
+    from cuflash.adapters.jax import _route
+
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    chosen = [each["prepared"] for each in parameters if each.get("backend") is jax_backend.CUDA and "prepared" in each]
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor() as pool:
+        patch.setenv(_route.VARIABLE, "compiled")
+        list(pool.map(lower, dict.fromkeys(chosen)))
+
+
+def lower(case: Case) -> None:
+    """Lower the two calls of a case for a GPU."""
+    inputs = make_inputs(case)
+    options = {**inputs.options, "deterministic": case.deterministic}
+    arrays = {name: getattr(inputs, name) for name in ("q", "k", "v", "dout", "dlse")} | options
+    arrays = {name: x for name, x in arrays.items() if isinstance(x, np.ndarray)}
+    rest = {name: x for name, x in options.items() if name not in arrays}
+
+    def both(q: Any, k: Any, v: Any, dout: Any, dlse: Any = None, **extras: Any) -> Any:
+        out, lse = cuflash.flash_attention(q, k, v, return_lse=True, **rest, **extras)
+        return cuflash.flash_attention_backward(
+            dout, q, k, v, out, lse, dlse=dlse, memory=case.memory, **rest, **extras
+        )
+
+    types = {name: jax_backend.jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
+    jax_backend.jax.jit(both).trace(**types).lower(lowering_platforms=("cuda",))
 
 
 @pytest.fixture(scope="module", params=[pytest.param(case, id=case.name) for case in IN_JAX])
