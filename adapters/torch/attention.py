@@ -111,7 +111,7 @@ def flash_attention(
     if not plain or _is_seen():
         out, lse = _operators.forward(operands, options)
     elif with_gradients:
-        few = alibi_slopes is None and sinks is None and cu_seqlens_q is None
+        few = all(x is None for x in operands[3:])
         return _Attention.apply(options, return_lse, *(operands[:3] if few else operands))
     else:
         out, lse = _call.forward(operands, options, return_lse)

@@ -620,6 +620,8 @@ def bad_inputs() -> list[tuple[Change, str, type[Exception]]]:
         ({"v": v[:, :-1]}, r"v: got shape \(2, 8, 2, 8\)", ValueError),
         ({"alibi_slopes": torch.ones(HEADS, requires_grad=True)}, r"alibi_slopes: .*requires gradients", ValueError),
         ({"cu_seqlens_q": ends, "cu_seqlens_k": ends}, r"cu_seqlens_q: .*requires gradients", ValueError),
+        ({"cu_seqlens_k": torch.tensor([0, 8])}, r"cu_seqlens_q: got None while the other is given", ValueError),
+        ({"cu_seqlens_q": torch.tensor([0, 8])}, r"cu_seqlens_k: got None while the other is given", ValueError),
         ({"sinks": sinks[:2]}, r"sinks: got shape \(2,\)", ValueError),
         ({"dropout_p": 0.1}, r"seed: got None with dropout_p=0.1", ValueError),
         ({"dropout_p": 0.1, "seed": torch.tensor(1.0)}, r"seed: got a tensor of torch.float32", TypeError),
