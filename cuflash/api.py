@@ -262,8 +262,8 @@ def flash_attention_backward(
     plan: BackwardPlan = plans.backward(*signatures, accumulate, memory, *options)
     seed = plans.checked_seed(seed)
     dout_, out_, lse_, dlse_, *given = others
-    check_overlap(dict(zip(("dq", "dk", "dv"), given, strict=True)), (dout_, out_, lse_, dlse_, *inputs, *dense))
     operands = (dout_, out_, lse_, dlse_, *inputs)
+    check_overlap(dict(zip(("dq", "dk", "dv"), given, strict=True)), operands, dense)
     if plan.device >= 0:
         targets = _cuda().backward(plan, operands, given, seed)
     elif plan.forward.backend == "cuda":
@@ -315,7 +315,9 @@ def _framework(name: str) -> Any:
     return found
 
 
-_framework("torch")
+_framework("torch")  # now, where it is loaded: the first call may be one that is being compiled
+
+_DENSE = ("bias", "mask")
 
 
 def _inputs(
@@ -335,12 +337,12 @@ def _dense(bias: Any, mask: Any) -> tuple[Sequence[Any], Sequence[Signature | No
     """bias and mask as a backend takes them, and what they add to the options of a plan: nothing if there are none."""
     if bias is None and mask is None:
         return (None, None), ()
-    found = _operands(("bias", "mask"), (bias, mask), 0)
+    found = _operands(_DENSE, (bias, mask), 0)
     return found, [None if array is None else arrays.signature(array) for array in found]
 
 
 def _refuse_dense(bias: Any, mask: Any, q: Any) -> None:
-    for name, array in (("bias", bias), ("mask", mask)):
+    for name, array in zip(_DENSE, (bias, mask), strict=True):
         if array is not None:
             raise UnsupportedError(f"{name}: got an array with q a {type(q).__name__}; allowed: None, or NumPy arrays")
 
@@ -429,10 +431,10 @@ def _check_boundaries(name: str, cu_seqlens: np.ndarray, total: int) -> None:
         bad(name, f"last value {values[-1]}", allowed)
 
 
-def check_overlap(given: dict[str, Any], inputs: Sequence[Any]) -> None:
-    """Gradients may share no memory with the inputs nor with each other."""
-    names = ("dout", "out", "lse", "dlse", *plans.INPUTS, "bias", "mask")
-    others = {name: array for name, array in zip(names, inputs, strict=False) if array is not None}
+def check_overlap(given: dict[str, Any], inputs: Sequence[Any], dense: Sequence[Any] = (None, None)) -> None:
+    """Gradients may share no memory with the inputs, with bias and mask (`dense`) nor with each other."""
+    names = ("dout", "out", "lse", "dlse", *plans.INPUTS, *_DENSE)
+    others = {name: array for name, array in zip(names, (*inputs, *dense), strict=True) if array is not None}
     for name, array in given.items():
         if array is None:
             continue

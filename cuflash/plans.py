@@ -183,7 +183,7 @@ def forward(
     """Validate a forward, whose arrays look like this; None for those that it does not have. All arguments are those of
     `cuflash.flash_attention`, but for `seeded`, whether there is a seed.
 
-    Raises TypeError and ValueError as `cuflash.flash_attention` does.
+    Raises TypeError, ValueError and UnsupportedError as `cuflash.flash_attention` does.
     """
     check_flag("causal", causal)
     check_flag("deterministic", deterministic)
