@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxlib import version as jaxlib_version
 
-from cuflash.adapters.jax import _kernel_call
+from cuflash.adapters.jax import _gpu, _kernel_call
 from cuflash.adapters.jax._call import Call, plan_of, signature
 from cuflash.arrays import Signature
 from cuflash.cuda import jit, tensor_map, toolchain
@@ -42,13 +42,7 @@ class Gpu(NamedTuple):
 
 def gpu() -> Gpu:
     """What kernels are compiled for. UnsupportedError where there is no GPU, or where they differ."""
-    try:
-        devices = jax.local_devices(backend="cuda")
-    except RuntimeError as error:
-        raise UnsupportedError(f"JAX finds no GPU here to prepare kernels for ({error})") from error
-    found = {
-        Gpu(toolchain.capability(device.local_hardware_id), machine(device.local_hardware_id)) for device in devices
-    }
+    found = {Gpu(toolchain.capability(device), machine(device)) for device in _gpu.devices()}
     if len(found) > 1:
         raise UnsupportedError(f"the GPUs of this process differ: {sorted(each.capability for each in found)}")
     return found.pop()

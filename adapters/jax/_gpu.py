@@ -23,12 +23,16 @@ if TYPE_CHECKING:
 
 def prepare(text: str) -> int:
     """Compile and load the kernels of a call for the GPUs of this process; the bytes of workspace that it needs."""
+    prepared = [_prepared(text.encode(), device) for device in devices()]
+    return max(each.plan.launches(True).workspace for each in prepared)
+
+
+def devices() -> list[int]:
+    """The numbers of the GPUs of this process. UnsupportedError where there is none."""
     try:
-        devices = jax.local_devices(backend="cuda")
+        return [device.local_hardware_id for device in jax.local_devices(backend="cuda")]
     except RuntimeError as error:
         raise UnsupportedError(f"JAX finds no GPU here to prepare kernels for ({error})") from error
-    prepared = [_prepared(text.encode(), device.local_hardware_id) for device in devices]
-    return max(each.plan.launches(True).workspace for each in prepared)
 
 
 class _Prepared(NamedTuple):
