@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 # The suite multiplies many small matrices. On a busy machine BLAS threads that wait for each other made it three times
 # slower; this must be said before NumPy is imported.
@@ -18,6 +19,14 @@ from tests.gpu import record
 # The same examples on every run, on slow and on fast machines: a failure is a finding, never a draw of the dice.
 settings.register_profile("cuflash", derandomize=True, deadline=None, database=None)
 settings.load_profile("cuflash")
+
+
+@pytest.fixture
+def cp() -> Any:
+    """CuPy, in tests on a GPU."""
+    import cupy
+
+    return cupy
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

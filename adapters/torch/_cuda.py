@@ -26,7 +26,7 @@ def forward(operands: Operands, options: Options, with_lse: bool) -> tuple[torch
     same_shape = plan.out.shape == q.shape
     out = _empty_like(q) if same_shape else torch.empty(plan.out.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(plan.lse.shape, dtype=torch.float32, device=q.device) if with_lse else None
-    _run(plan, (q, k, v, out, None, None, None, None, lse, None, None, *extras), seed)
+    _run(plan, q, (q, k, v, out, None, None, None, None, lse, None, None, *extras), seed)
     return out, lse
 
 
@@ -69,17 +69,17 @@ def backward(
         ]
     )
     dsinks = gradients[3] if len(gradients) > 3 else None
-    _run(plan, (q, k, v, out, dout, *gradients[:3], lse, dlse, dsinks, *extras), seed)
+    _run(plan, q, (q, k, v, out, dout, *gradients[:3], lse, dlse, dsinks, *extras), seed)
     return gradients
 
 
-def _run(plan: ForwardPlan | BackwardPlan, operands: Sequence[torch.Tensor | None], seed: int) -> None:
+def _run(plan: ForwardPlan | BackwardPlan, q: torch.Tensor, operands: Sequence[torch.Tensor | None], seed: int) -> None:
     """Run a plan, its workspace where q is; the operands in the order of cuflash.cuda.launch.OPERANDS."""
     pointers = tuple([0 if tensor is None else tensor.data_ptr() for tensor in operands])
     launches = plan.launches(aligned(pointers))
     workspace = 0
     if launches.workspace:
-        memory = torch.empty(launches.workspace, dtype=torch.uint8, device=operands[0].device)  # type: ignore[union-attr]
+        memory = torch.empty(launches.workspace, dtype=torch.uint8, device=q.device)
         workspace = memory.data_ptr()
     launches.run(torch._C._cuda_getCurrentRawStream(plan.device), pointers, workspace, seed)
 
@@ -99,7 +99,7 @@ def _described(x: torch.Tensor | None) -> _Described | None:
 
 
 def _all_described(tensors: Sequence[torch.Tensor | None]) -> tuple[_Described | None, ...]:
-    return tuple([None if x is None else _described(x) for x in tensors])
+    return tuple([_described(x) for x in tensors])
 
 
 def _arguments(options: Options) -> tuple[Any, ...]:

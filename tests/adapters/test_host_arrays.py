@@ -12,16 +12,10 @@ import pytest
 
 import cuflash
 from tests.contract.backends import in_smallest_chunks
+from tests.gpu.cupy_tools import Allocations, keep_busy
 
 pytestmark = pytest.mark.gpu_adapter
 MIB = 2**20
-
-
-@pytest.fixture
-def cp() -> Any:
-    import cupy
-
-    return cupy
 
 
 def _inputs(
@@ -116,44 +110,19 @@ def test_gradients_are_added_to_what_is_given(cp: Any) -> None:
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 
-def _peak(cp: Any, work: Any) -> int:
-    """The most that `work` has of CuPy's pool at a time, in bytes."""
-
-    class Hook(cp.cuda.MemoryHook):
-        name = "peak"
-        live = 0
-        peak = 0
-
-        def malloc_postprocess(self, *, size: int, **_: Any) -> None:
-            Hook.live += size
-            Hook.peak = max(Hook.peak, Hook.live)
-
-        def free_preprocess(self, *, mem_size: int, **_: Any) -> None:
-            Hook.live -= mem_size
-
-    with Hook():
-        work()
-    return Hook.peak
-
-
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 def test_memory_is_that_of_two_chunks(cp: Any, monkeypatch: pytest.MonkeyPatch, memory: str) -> None:
     inputs = _inputs(batch=1, length=4096, heads=32, kv_heads=16, dim=128)
     q, k, v, dout = inputs
     limit = 40
     monkeypatch.setenv("CUFLASH_HOST_CHUNK_MB", str(limit))
-    found: list[Any] = []
-
-    def work() -> None:
-        options = {"causal": True, "backend": "cuda"}
+    options = {"causal": True, "backend": "cuda"}
+    with Allocations(cp) as allocations:
         out, lse = cuflash.flash_attention(q, k, v, return_lse=True, **options)
         how = {"deterministic": True, "memory": memory}
-        gradients = cuflash.flash_attention_backward(dout, q, k, v, out, lse, **how, **options)
-        found.extend([out, lse, *gradients])
-
-    peak = _peak(cp, work)
+        found = [out, lse, *cuflash.flash_attention_backward(dout, q, k, v, out, lse, **how, **options)]
     assert sum(x.nbytes for x in (*inputs, *found)) > 4 * limit * MIB, "the call is larger than two chunks"
-    assert limit * MIB < peak <= 2 * limit * MIB
+    assert limit * MIB < allocations.peak <= 2 * limit * MIB
     options = {"causal": True, "deterministic": True}
     _assert_same(cp, found, _both([cp.asarray(x) for x in inputs], options, None, memory=memory))
 
@@ -219,20 +188,15 @@ def test_captured_graphs_are_refused(cp: Any) -> None:
 
 
 def test_memory_that_the_callers_stream_still_uses_is_left_alone(cp: Any) -> None:
-    spin = cp.RawKernel(
-        'extern "C" __global__ void spin(long long cycles) '
-        "{ const long long start = clock64(); while (clock64() - start < cycles) {} }",
-        "spin",
-    )
     q, k, v, _ = _inputs(length=4096)
     expected = cuflash.flash_attention(q, k, v, backend="cuda")
     pool = cp.get_default_memory_pool()
     with cp.cuda.Stream(non_blocking=True) as stream:
-        spin((1,), (1,), (np.int64(1000),))  # compiled
+        keep_busy(cp, 1e-6)  # compiled
         x = cp.full(64 * MIB, 7, np.uint8)
         y = cp.empty_like(x)
         stream.synchronize()
-        spin((1,), (1,), (np.int64(0.3e9),))
+        keep_busy(cp)
         y[...] = x
         del x  # the pool may give it to the call while the copy is still to come
         held = pool.used_bytes()

@@ -19,14 +19,12 @@ import cuflash
 from tests.adapters import jax_backend
 from tests.adapters.test_jax import draw, on_numpy
 from tests.adapters.test_jax_contract import IN_JAX, lower
-from tests.adapters.test_jax_devices import attention_arrays, loss
+from tests.adapters.test_jax_devices import attention_arrays, gradient_of_loss
 from tests.unit.conftest import compiler  # noqa: F401
 
 jax = jax_backend.jax
 
 import jax.numpy as jnp  # noqa: E402
-from jax.sharding import AxisType  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from cuflash.adapters.jax import _compiled, _gpu, _kernel_call, _route, flash_attention  # noqa: E402
 from cuflash.cuda import flat, jit, launch  # noqa: E402
@@ -230,19 +228,9 @@ def test_the_seed_is_a_number_of_the_call(compiled_for: Any):
 def test_inside_shard_map(compiled_for: Any, check_vma: bool | None, length: int):
     """Workspace and results are typed as the arrays of one device are, empty ones too."""
     compiled_for(AMPERE)
-    function = jax.grad(loss)
-    if check_vma is not None:
-        mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=jax.devices("cpu")[:4])
-        rows = P("data", None, "model")
-        specs = {"q": rows, "k": rows, "v": rows, "sinks": P("model")}
-        total = jax.shard_map(
-            lambda given: jax.lax.psum(loss(given), ("data", "model")),
-            mesh=mesh, in_specs=(specs,), out_specs=P(), check_vma=check_vma,
-        )  # fmt: skip
-        function = jax.grad(total)
     given = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in attention_arrays().items()}
     given["q"] = jax.ShapeDtypeStruct((given["q"].shape[0], length, *given["q"].shape[2:]), jnp.float32)
-    names = [call.name.removeprefix("cuflash_") for call in lowered(function, given)]
+    names = [call.name.removeprefix("cuflash_") for call in lowered(gradient_of_loss(check_vma), given)]
     expected = [
         "forward_portable",
         "backward_prepare",

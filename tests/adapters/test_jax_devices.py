@@ -57,6 +57,20 @@ def loss(given: dict[str, Any], **options: Any) -> Any:
     return (out**2).sum() + lse.sum()
 
 
+def gradient_of_loss(check_vma: bool | None) -> Callable[[dict[str, Any]], Any]:
+    """The gradient of `loss`, which is inside a shard_map over four CPU devices unless `check_vma` is None."""
+    if check_vma is None:
+        return jax.grad(loss)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=jax.devices("cpu")[:4])
+    rows = P("data", None, "model")
+    specs = {"q": rows, "k": rows, "v": rows, "sinks": P("model")}
+    total = jax.shard_map(
+        lambda given: jax.lax.psum(loss(given), ("data", "model")),
+        mesh=mesh, in_specs=(specs,), out_specs=P(), check_vma=check_vma,
+    )  # fmt: skip
+    return jax.grad(total)
+
+
 def expected_gradients(arrays: Arrays, **options: Any) -> dict[str, np.ndarray]:
     out, lse = cuflash.flash_attention(**arrays, **options, return_lse=True)
     return on_numpy(arrays, 2 * out, np.ones_like(lse), **options)
@@ -166,18 +180,8 @@ def test_a_gpu_gets_its_workspace_from_xla(monkeypatch: pytest.MonkeyPatch, chec
     """What is lowered for the handler has a result more; that needs no GPU where its size is known."""
     monkeypatch.setenv("CUFLASH_JAX_ROUTE", "handler")
     monkeypatch.setattr(_gpu, "prepare", lambda text: 4096 if described(text)[0].backward else 0)
-    mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=jax.devices("cpu")[:4])
-    function = jax.grad(loss)
-    if check_vma is not None:
-        rows = P("data", None, "model")
-        specs = {"q": rows, "k": rows, "v": rows, "sinks": P("model")}
-        total = jax.shard_map(
-            lambda given: jax.lax.psum(loss(given), ("data", "model")),
-            mesh=mesh, in_specs=(specs,), out_specs=P(), check_vma=check_vma,
-        )  # fmt: skip
-        function = jax.grad(total)
     given = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in attention_arrays().items()}
-    text = jax.jit(function).trace(given).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(gradient_of_loss(check_vma)).trace(given).lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "@cuflash_" in line]
     assert len(calls) == 2
     assert [line.count("tensor<4096xui8>") for line in calls] == [0, 1]

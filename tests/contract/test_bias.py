@@ -76,7 +76,9 @@ def check(backend: Backend, case: Case, inputs: Inputs) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 @pytest.mark.parametrize(("bias", "mask"), [("full", None), (None, "full"), ("heads", "keys"), ("keys", "heads")])
-def test_with_other_options(backend: Backend, bias: str, mask: str, options: dict[str, Any], dtype: str) -> None:
+def test_with_other_options(
+    backend: Backend, bias: str | None, mask: str | None, options: dict[str, Any], dtype: str
+) -> None:
     case = Case(name=f"{bias} {mask} {options} {dtype}", dtype=dtype, **SIZES | options)
     check(backend, case, with_dense(case, bias, mask))
 

@@ -17,16 +17,10 @@ from cuflash import plans, reference
 from tests.contract.backends import tensor_core_error
 from tests.contract.cases import Case, make_inputs
 from tests.contract.expected import expected_forward
+from tests.gpu.cupy_tools import Allocations, keep_busy
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20
-
-
-@pytest.fixture
-def cp() -> Any:
-    import cupy
-
-    return cupy
 
 
 def _inputs(
@@ -50,24 +44,14 @@ def _assert_same(actual: list[Any], expected: list[Any]) -> None:
         assert bool((x.view(bits) == y.view(bits)).all())
 
 
-def _slow(cp: Any, seconds: float = 0.2) -> None:
-    """Keep the current stream busy."""
-    spin = cp.RawKernel(
-        'extern "C" __global__ void spin(long long cycles) '
-        "{ const long long start = clock64(); while (clock64() - start < cycles) {} }",
-        "spin",
-    )
-    spin((1,), (1,), (np.int64(seconds * 1.5e9),))
-
-
 def test_nothing_waits_for_the_gpu(cp: Any) -> None:
     inputs = _inputs(cp)
     expected = _forward_backward(*inputs, causal=True)
     stream = cp.cuda.Stream(non_blocking=True)
     with stream:
-        _slow(cp, 0.01)
+        keep_busy(cp, 0.01)
         stream.synchronize()
-        _slow(cp, 0.5)
+        keep_busy(cp, 0.5)
         results = _forward_backward(*inputs, causal=True)
         assert not stream.done, "the call returned while the GPU was still busy"
     stream.synchronize()
@@ -206,38 +190,13 @@ def test_scores_that_outgrow_the_first(cp: Any, dim: int, dtype: str, growth: st
         expected.check(cp.asnumpy(actual), name, tensor_core_error(case, inputs, name, expected.oracle))
 
 
-class _Allocations:
-    """Bytes asked of CuPy's pool while it is entered."""
-
-    def __init__(self, cp: Any) -> None:
-        class Hook(cp.cuda.MemoryHook):
-            name = "allocations"
-            live = 0
-            peak = 0
-
-            def malloc_postprocess(self, *, size: int, **_: Any) -> None:
-                Hook.live += size
-                Hook.peak = max(Hook.peak, Hook.live)
-
-            def free_preprocess(self, *, mem_size: int, **_: Any) -> None:
-                Hook.live -= mem_size
-
-        self.hook = Hook()
-
-    def __enter__(self) -> Any:
-        return self.hook.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.hook.__exit__(*error)
-
-
 def test_forward_allocates_its_results_alone(cp: Any) -> None:
     q, k, v, _ = _inputs(cp, length=1024)
     cuflash.flash_attention(q, k, v, causal=True)
-    with _Allocations(cp) as allocations:
+    with Allocations(cp) as allocations:
         out, lse = cuflash.flash_attention(q, k, v, causal=True, return_lse=True)
     assert allocations.peak == out.nbytes + lse.nbytes
-    with _Allocations(cp) as allocations:
+    with Allocations(cp) as allocations:
         cuflash.flash_attention(q, k, v, causal=True)
     assert allocations.peak == out.nbytes
 
@@ -253,7 +212,7 @@ def test_forward_allocates_its_results_alone(cp: Any) -> None:
 def test_memory_of_a_long_context(cp: Any, how: dict[str, Any], allowed: int) -> None:
     shape = (1, 65_536, 16, 128)
     q, k, v, dout = (cp.random.standard_normal(shape, dtype=np.float32).astype("bfloat16") for _ in range(4))
-    with _Allocations(cp) as allocations:
+    with Allocations(cp) as allocations:
         results = _forward_backward(q, k, v, dout, causal=True, **how)
     cp.cuda.Device().synchronize()
     assert all(bool(cp.isfinite(x.astype(np.float32)).all()) for x in results)
