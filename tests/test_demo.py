@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.live import Live
 
 from cuflash import UnsupportedError, reference
 from cuflash.cli import main
@@ -562,6 +563,22 @@ def test_a_real_ctrl_c_leaves_a_clean_terminal(tmp_path: Path) -> None:
     found = read_report(tmp_path)
     assert found["status"] == "interrupted"
     assert found["checks"] == {"exact": True}
+
+
+def test_an_interrupt_of_a_spinner_that_starts(
+    small: job.Size, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lives: list[Live] = []
+    start = Live.start
+
+    def interrupted(live: Live, refresh: bool = False) -> None:
+        start(live, refresh)
+        lives.append(live)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Live, "start", interrupted)
+    assert main(["demo", "--device", "cpu", "--output", str(tmp_path)]) == 130
+    assert [live.is_started for live in lives] == [False]
 
 
 def test_an_error_on_the_way_still_leaves_a_report(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +16,9 @@ from cuflash.demo import exactness, machine, memory, text, training
 from cuflash.demo.model import Config, Model
 from cuflash.demo.text import Text
 from cuflash.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from rich.status import Status
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +157,16 @@ class _Job:
             return 130
         return 0 if all(self.checks.values()) else 1
 
+    @contextmanager
+    def spinner(self, label: str) -> Iterator[Status]:
+        """A spinner, which is taken away also where an interrupt came while it was being put up."""
+        status = self.console.status(label)
+        try:
+            with status:
+                yield status
+        finally:
+            status.stop()
+
     def show_device(self) -> None:
         """Name what computes; also why it is not a GPU, where none was forbidden."""
         device = self.report["machine"]["processor" if self.xp is np else "device"]
@@ -160,7 +175,7 @@ class _Job:
 
     def check_exactness(self) -> None:
         self.heading("Exactness", "largest error against float64")
-        with self.console.status("computing"):
+        with self.spinner("computing"):
             dtypes = exactness.DTYPES if self.xp is np else exactness.GPU_DTYPES
             rows, unsupported = exactness.check_served(self.xp, dtypes)
         self.report["exactness"] = [{**asdict(row), "passed": row.passed} for row in rows]
@@ -186,7 +201,7 @@ class _Job:
         points: list[memory.Point] = []
         self.report["memory"] = {**asdict(sweep), "budget_bytes": memory.memory_budget(self.xp), "points": []}
         try:
-            with self.console.status("measuring") as status:
+            with self.spinner("measuring") as status:
                 for point in memory.sweep(sweep, self.xp):
                     points.append(point)
                     self.report["memory"]["points"].append(asdict(point))
