@@ -3,8 +3,10 @@
 // + r of it is register r of thread t's accumulator tile j, in row 16 (t / 32) + t % 32 / 4 + 8 (r / 2) and column
 // 8 j + 2 (t % 4) + r % 2.
 #include "copy.cuh"
+#include "schedule.cuh"
 
 constexpr int D = round_up(SPEC.head_dim, 64), PIECE = 64 * 64;
+constexpr int R = 2 * PIECE / D;  // queries a tile of backward_hopper.cu, which makes two pieces of it
 
 // Eight neighbouring columns of one row.
 template <typename Out>
@@ -25,6 +27,16 @@ KERNEL(backward_finish, 0)(ARGUMENT(Params) p) {
     const long long piece = blockIdx.x;
     const int panel = piece % (D / 64), block = piece / (D / 64) % p.q_tiles;
     const int pair = piece / (D / 64) / p.q_tiles, head = pair % p.heads, batch = pair / p.heads;
+    // Packed, p.q_tiles blocks of 64 rows are the tiles of all sequences, and of none.
+    long long start = 0;
+    int first = 64 * block, q_len = p.q_len;
+    if constexpr (SPEC.packed) {
+        const Work work = find_work<R, false>(p, block * 64 / R, p.q_tiles * 64 / R, 1);
+        if (!work.exists) return;
+        start = work.sequence.q_start;
+        first = work.tile * R + block * 64 % R;
+        q_len = work.sequence.q_len;
+    }
     const float4* sum_gmem = reinterpret_cast<const float4*>(p.dq_sum + piece * PIECE);
     const int warp = threadIdx.x / 32, j = threadIdx.x % 8;
 #pragma unroll
@@ -41,10 +53,10 @@ KERNEL(backward_finish, 0)(ARGUMENT(Params) p) {
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row = 64 * block + 16 * warp + quad + 8 * half;
-            if (row >= p.q_len || 64 * panel + 8 * j >= SPEC.head_dim) continue;
-            const long long offset =
-                batch * p.dq.batch_stride + row * p.dq.row_stride + head * p.dq.head_stride + 64 * panel + 8 * j;
+            const int row = first + 16 * warp + quad + 8 * half;
+            if (row >= q_len || 64 * panel + 8 * j >= SPEC.head_dim) continue;
+            const long long offset = batch * p.dq.batch_stride + (start + row) * p.dq.row_stride +
+                                     head * p.dq.head_stride + 64 * panel + 8 * j;
             if (p.dq_float32) {
                 store_columns(static_cast<float*>(p.dq.data) + offset, x[half], p.accumulate);
             } else {

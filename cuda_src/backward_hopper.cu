@@ -27,6 +27,7 @@ constexpr int DS_BYTES = R * TILE.cols * 2, DQ_BYTES = PIECE * 4;
 constexpr bool WIDE_PRODUCER = D == 128 && EARLY_P && !FOLD;
 constexpr int PRODUCER_REGISTERS = WIDE_PRODUCER ? 40 : 24, MATH_REGISTERS = WIDE_PRODUCER ? 232 : 240;
 static_assert(TILE.cols == 64 * GROUPS && TILE.warps == 4 * (GROUPS + 1));
+static_assert(PRODUCER_REGISTERS + GROUPS * MATH_REGISTERS <= (GROUPS + 1) * LAUNCH_REGISTERS);
 static_assert(!WITH_DQ || R / 64 * PIECES_ACROSS == GROUPS, "each warpgroup makes one piece of dQ a step");
 
 enum NamedBarrier { FIRST_DONE = 1, DQ_FULL = 2, DQ_EMPTY = 6 };  // of the first warpgroup's first slot
@@ -52,7 +53,7 @@ struct Layout : Barriers {
 // The number of a step's piece of dQ.
 __device__ __forceinline__ long long piece_of(const Params& p, const Work& work, const Steps& steps, int warpgroup) {
     const long long pair = static_cast<long long>(work.sequence.batch) * p.heads + steps.head;
-    return (pair * p.q_tiles + steps.tile) * GROUPS + warpgroup;
+    return (pair * p.q_tiles + first_tile<R>(work.sequence) + steps.tile) * GROUPS + warpgroup;
 }
 
 // One warp for each warpgroup: its piece of dQ of every step is added to the sum in global memory. With

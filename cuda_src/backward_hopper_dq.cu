@@ -45,29 +45,31 @@ struct Layout {
 __device__ __forceinline__ void load(const Params& p, const TensorMap& Q_map, const TensorMap& K_map,
                                      const TensorMap& V_map, const TensorMap& dO_map, const Layout& smem,
                                      const Work& work, const TileRange& tiles) {
-    const int q_first = work.tile * TILE.rows, kv_head = work.head / p.group, batch = work.sequence.batch;
+    const Sequence& sequence = work.sequence;
+    const int q_row = sequence.q_row(work.tile * TILE.rows), q_place = sequence.q_place();
+    const int kv_head = work.head / p.group, kv_place = sequence.kv_place();
     Ring K_ring;
     Ring<V_STAGES> V_ring;
     for (int tile = tiles.first; tile < tiles.last; ++tile) {
-        const int kv_first = tile * TILE.cols;
+        const int kv_row = sequence.kv_row(tile * TILE.cols);
         if (tile == tiles.first) {
             barrier_expect(smem.Q_full(), Q_BYTES);
-            load_panels<SPEC.head_dim, Q_PANEL>(smem.Q, Q_map, smem.Q_full(), q_first, work.head, batch, EVICT_FIRST);
+            load_panels<SPEC.head_dim, Q_PANEL>(smem.Q, Q_map, smem.Q_full(), q_row, work.head, q_place, EVICT_FIRST);
         }
         const unsigned int K_full = smem.K_full(K_ring.stage), V_full = smem.V_full(V_ring.stage);
         barrier_wait(smem.K_empty(K_ring.stage), K_ring.parity ^ 1);
         barrier_expect(K_full, K_BYTES);
-        load_panels<SPEC.head_dim, KV_PANEL>(smem.K + K_ring.stage * K_BYTES, K_map, K_full, kv_first, kv_head, batch,
+        load_panels<SPEC.head_dim, KV_PANEL>(smem.K + K_ring.stage * K_BYTES, K_map, K_full, kv_row, kv_head, kv_place,
                                              EVICT_LAST);
         if (tile == tiles.first) {
             barrier_expect(smem.dO_full(), DO_BYTES);
-            load_panels<SPEC.head_dim_v, Q_PANEL>(smem.dO, dO_map, smem.dO_full(), q_first, work.head, batch,
+            load_panels<SPEC.head_dim_v, Q_PANEL>(smem.dO, dO_map, smem.dO_full(), q_row, work.head, q_place,
                                                   EVICT_FIRST);
         }
         barrier_wait(smem.V_empty(V_ring.stage), V_ring.parity ^ 1);
         barrier_expect(V_full, V_BYTES);
-        load_panels<SPEC.head_dim_v, KV_PANEL>(smem.V + V_ring.stage * V_BYTES, V_map, V_full, kv_first, kv_head, batch,
-                                               EVICT_LAST);
+        load_panels<SPEC.head_dim_v, KV_PANEL>(smem.V + V_ring.stage * V_BYTES, V_map, V_full, kv_row, kv_head,
+                                               kv_place, EVICT_LAST);
         K_ring.advance();
         V_ring.advance();
     }
@@ -238,6 +240,7 @@ KERNEL(backward_hopper_dq, 1)(ARGUMENT(Params) p, ARGUMENT(TensorMap) Q_map, ARG
     __syncthreads();
 
     const Work work = find_work<TILE.rows, false>(p, blockIdx.x, p.q_tiles, p.heads);
+    if (!work.exists) return;
     const Band band(p, work.sequence);
     const int q_first = work.tile * TILE.rows;
     const TileRange tiles = band.kv_tiles(q_first, min(q_first + TILE.rows, work.sequence.q_len) - 1);

@@ -8,6 +8,7 @@
 #include "backward_stage.cuh"
 #include "barrier.cuh"
 #include "copy.cuh"
+#include "list.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
 
@@ -124,6 +125,16 @@ __device__ __forceinline__ int next_tile(const Params& p, const Barriers& smem, 
 template <bool LEADER, typename Visit>
 __device__ __forceinline__ void for_each_tile(const Params& p, const Barriers& smem, Visit visit) {
     const int kv_heads = p.heads / p.group, blocks = p.kv_tiles * kv_heads * p.batch;
+    if constexpr (SPEC.packed) {
+        for_each_listed<LEADER, !LEADER>(p, Mail{smem.next_full(), smem.next_empty(), smem.next()}, kv_heads,
+                                         [&](const Work& work) {
+                                             Band band(p, work.sequence);
+                                             const Steps steps(work, band, p.group);
+                                             band.q_len = RAGGED;  // rows beyond have P = 0 by their LSE
+                                             visit(work, band, steps);
+                                         });
+        return;
+    }
     unsigned int parity = 0;
     int block = TAKES_FIRST ? next_tile<LEADER>(p, smem, parity) : blockIdx.x;
 #pragma unroll 1
@@ -135,35 +146,43 @@ __device__ __forceinline__ void for_each_tile(const Params& p, const Barriers& s
     }
 }
 
-// One thread: the copies of K and V for every tile, of Q and dO for every step.
+// One thread: the copies of K and V for every tile, of Q and dO for every step. The first Q comes before V, which is
+// needed later; not where tasks are listed, which leaves no registers for that.
 template <typename Layout>
 __device__ __forceinline__ void load(const Params& p, const TensorMap& Q_map, const TensorMap& K_map,
                                      const TensorMap& V_map, const TensorMap& dO_map, const Layout& smem) {
     Ring ring;
     unsigned int parity = 0;  // of the phase of K and V
     for_each_tile<true>(p, smem, [&](const Work& work, const Band& band, Steps steps) {
-        const int kv_first = work.tile * TILE.cols, batch = work.sequence.batch;
-        for (bool first = true; steps.more(); steps.advance(), first = false) {
-            const int stage = ring.stage, q_first = steps.tile * R;
-            if (first) {
-                barrier_wait(smem.KV_empty(), parity ^ 1);
-                barrier_expect(smem.K_full(), K_BYTES);
-                load_panels<SPEC.head_dim, KV_PANEL>(smem.K, K_map, smem.K_full(), kv_first, work.head, batch,
-                                                     EVICT_FIRST);
-            }
+        const Sequence& sequence = work.sequence;
+        const int kv_row = sequence.kv_row(work.tile * TILE.cols), kv_place = sequence.kv_place();
+        auto load_K = [&] {
+            barrier_wait(smem.KV_empty(), parity ^ 1);
+            barrier_expect(smem.K_full(), K_BYTES);
+            load_panels<SPEC.head_dim, KV_PANEL>(smem.K, K_map, smem.K_full(), kv_row, work.head, kv_place,
+                                                 EVICT_FIRST);
+        };
+        auto load_V = [&] {
+            barrier_expect(smem.V_full(), V_BYTES);
+            load_panels<SPEC.head_dim_v, KV_PANEL>(smem.V, V_map, smem.V_full(), kv_row, work.head, kv_place,
+                                                   EVICT_FIRST);
+            parity ^= 1;
+        };
+        if (SPEC.packed && steps.more()) {
+            load_K();
+            load_V();
+        }
+        for (bool first = !SPEC.packed; steps.more(); steps.advance(), first = false) {
+            const int stage = ring.stage, q_row = sequence.q_row(steps.tile * R), q_place = sequence.q_place();
+            if (first) load_K();
             barrier_wait(smem.empty(stage), ring.parity ^ 1);
             barrier_expect(smem.Q_full(stage), Q_BYTES);
-            load_panels<SPEC.head_dim, Q_PANEL>(smem.Q + stage * Q_BYTES, Q_map, smem.Q_full(stage), q_first,
-                                                steps.head, batch, EVICT_LAST);
-            if (first) {
-                barrier_expect(smem.V_full(), V_BYTES);
-                load_panels<SPEC.head_dim_v, KV_PANEL>(smem.V, V_map, smem.V_full(), kv_first, work.head, batch,
-                                                       EVICT_FIRST);
-                parity ^= 1;
-            }
+            load_panels<SPEC.head_dim, Q_PANEL>(smem.Q + stage * Q_BYTES, Q_map, smem.Q_full(stage), q_row, steps.head,
+                                                q_place, EVICT_LAST);
+            if (first) load_V();
             barrier_expect(smem.dO_full(stage), DO_BYTES);
-            load_panels<SPEC.head_dim_v, Q_PANEL>(smem.dO + stage * DO_BYTES, dO_map, smem.dO_full(stage), q_first,
-                                                  steps.head, batch, EVICT_LAST);
+            load_panels<SPEC.head_dim_v, Q_PANEL>(smem.dO + stage * DO_BYTES, dO_map, smem.dO_full(stage), q_row,
+                                                  steps.head, q_place, EVICT_LAST);
             ring.advance();
         }
     });

@@ -82,7 +82,10 @@ __device__ __forceinline__ bool named_barrier_all(int id, int threads, bool yes)
 // What this thread wrote to shared memory is seen by TMA and wgmma of those whom it tells by a barrier.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Give registers back to, or take them from, the pool of the thread block; a whole warpgroup, one branch a role.
+// Give registers back to, or take them from, the pool of the thread block; a whole warpgroup, one branch a role. The
+// pool is what the block was launched with, so many a thread: who takes more than that in all waits for ever.
+constexpr int LAUNCH_REGISTERS = 65'536 / THREADS / 8 * 8;
+
 template <int REGISTERS>
 __device__ __forceinline__ void release_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));

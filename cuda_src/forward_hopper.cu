@@ -11,6 +11,7 @@
 #include "barrier.cuh"
 #include "copy.cuh"
 #include "dropout.cuh"
+#include "list.cuh"
 #include "mask.cuh"
 #include "scores.cuh"
 #include "softmax.cuh"
@@ -25,10 +26,12 @@ constexpr int N_OUT = DV / 8;                                  // and across O
 constexpr int Q_PANEL = 64 * 128, KV_PANEL = TILE.cols * 128;  // bytes of 64 columns
 constexpr int Q_BYTES = D / 64 * Q_PANEL, K_BYTES = D / 64 * KV_PANEL, V_BYTES = DV / 64 * KV_PANEL;
 constexpr int O_BYTES = 16 * DV * 2;  // of one warp's rows
+constexpr int TASK_BYTES = SPEC.packed ? 32 : 16;
 constexpr int PRODUCER_REGISTERS = GROUPS == 3 ? 32 : 24, MATH_REGISTERS = GROUPS == 3 ? 160 : 240;
 static_assert(!SPEC.dropout || TILE.p_sets == 1);
 static_assert(TILE.q_slots >= GROUPS && TILE.q_slots <= 2 * GROUPS);
 static_assert(TILE.rows == 64 * GROUPS && TILE.cols % 16 == 0);
+static_assert(PRODUCER_REGISTERS + GROUPS * MATH_REGISTERS <= (GROUPS + 1) * LAUNCH_REGISTERS);
 
 // Without softcap and ALiBi S stays as the product gives it, and the scale joins the subtraction of the maximum.
 constexpr bool RAW_SCORES = !SPEC.softcap && !SPEC.alibi;
@@ -52,13 +55,19 @@ struct Layout {
     __device__ __forceinline__ unsigned int K(int stage) const { return Q(TILE.q_slots) + stage * K_BYTES; }
     __device__ __forceinline__ unsigned int V(int stage) const { return K(TILE.stages) + stage * V_BYTES; }
     __device__ __forceinline__ unsigned int O(int warp) const { return V(TILE.stages) + warp * O_BYTES; }
-    __device__ __forceinline__ unsigned int task(int slot) const { return O(TILE.staged ? 4 * GROUPS : 0) + 16 * slot; }
+    __device__ __forceinline__ unsigned int task(int slot) const {
+        return O(TILE.staged ? 4 * GROUPS : 0) + TASK_BYTES * slot;
+    }
     __device__ __forceinline__ unsigned int Q_full(int slot) const { return task(TILE.q_slots) + 16 * slot; }
     __device__ __forceinline__ unsigned int Q_empty(int slot) const { return Q_full(slot) + 8; }
     __device__ __forceinline__ unsigned int K_full(int stage) const { return Q_full(TILE.q_slots) + 32 * stage; }
     __device__ __forceinline__ unsigned int K_empty(int stage) const { return K_full(stage) + 8; }
     __device__ __forceinline__ unsigned int V_full(int stage) const { return K_full(stage) + 16; }
     __device__ __forceinline__ unsigned int V_empty(int stage) const { return K_full(stage) + 24; }
+    // Packed: the next task, for the threads that load V and Q.
+    __device__ __forceinline__ Mail mail() const {
+        return Mail{K_full(TILE.stages), K_full(TILE.stages) + 8, K_full(TILE.stages) + 16};
+    }
 };
 
 // The slot of a warpgroup's part of Q of this block's task number `count`, and the parity of its barriers' phase. Each
@@ -73,33 +82,49 @@ struct Slot {
           parity((warpgroup < SECOND_SLOTS ? count / 2 : count) & 1) {}
 };
 
-// A tile of queries of one head.
+// A tile of queries of one head. A packed sequence's rows are counted as its tensor map counts them, so that its q_len
+// is RAGGED for all: what else differs between tasks would take more registers.
 struct Task {
     int q_first;  // its first row; NONE after the last task
-    int head, batch;
+    int head;
+    Sequence sequence;
+    int shift;  // the number of the sequence's first row
 };
-constexpr int NONE = -1;
 
-__device__ __forceinline__ void store_task(unsigned int task_smem, const Task& task) {
-    store_shared(task_smem, task.q_first, task.head, task.batch, 0);
-}
-
-__device__ __forceinline__ Task load_task(unsigned int task_smem) {
-    unsigned int word[4] = {};
-    if (threadIdx.x % 32 == 0) load_shared(word, task_smem);  // by the lane that gives the slot back
-    return Task{static_cast<int>(__shfl_sync(0xFFFFFFFF, word[0], 0)),
-                static_cast<int>(__shfl_sync(0xFFFFFFFF, word[1], 0)),
-                static_cast<int>(__shfl_sync(0xFFFFFFFF, word[2], 0))};
-}
-
-// Nothing is packed here: every sequence has all rows.
-__device__ __forceinline__ Sequence sequence_of(const Params& p, int batch) {
+// Of sequences that are not packed: each has all rows.
+__device__ __forceinline__ Sequence whole_sequence(const Params& p, int batch) {
     return Sequence{batch, batch, 0, 0, p.q_len, p.kv_len};
 }
 
+__device__ __forceinline__ void store_task(unsigned int task_smem, const Task& task) {
+    const Sequence& s = task.sequence;
+    store_shared(task_smem, task.q_first, task.head, s.index, s.kv_len);
+    if constexpr (SPEC.packed) store_shared(task_smem + 16, s.q_start, task.shift, 0, 0);
+}
+
+// The task, without the place of its keys.
+__device__ __forceinline__ Task load_task(const Params& p, unsigned int task_smem) {
+    const bool leader = threadIdx.x % 32 == 0;  // the lane that gives the slot back
+    unsigned int word[4] = {}, more[4] = {};
+    if (leader) load_shared(word, task_smem);
+    if (SPEC.packed && leader) load_shared(more, task_smem + 16);
+    auto shared = [](unsigned int x) { return static_cast<int>(__shfl_sync(0xFFFFFFFF, x, 0)); };
+    Task task;
+    task.q_first = shared(word[0]);
+    task.head = shared(word[1]);
+    if constexpr (SPEC.packed) {
+        task.sequence = Sequence{shared(word[2]), 0, shared(more[0]), 0, RAGGED, shared(word[3])};
+        task.shift = shared(more[1]);
+    } else {
+        task.sequence = whole_sequence(p, shared(word[2]));
+        task.shift = 0;
+    }
+    return task;
+}
+
 // The tiles of keys of a task. Where its queries have no keys it is one beyond the last: zeros, all masked.
-__device__ __forceinline__ TileRange tiles_of_task(const Params& p, const Band& band, int q_first) {
-    const TileRange tiles = band.kv_tiles(q_first, min(q_first + TILE.rows, p.q_len) - 1);
+__device__ __forceinline__ TileRange tiles_of_task(const Band& band, const Task& task) {
+    const TileRange tiles = band.kv_tiles(task.q_first, min(task.q_first + TILE.rows, task.sequence.q_len) - 1);
     const int beyond = ceil_div(band.kv_len, TILE.cols);
     return tiles.first < tiles.last ? tiles : TileRange{beyond, beyond + 1};
 }
@@ -117,14 +142,26 @@ __device__ __forceinline__ TileRange tiles_of_rows(const Band& band, const TileR
     return own.first < own.last && some.first < some.last ? some : all;
 }
 
-// The tasks of this thread block, in order: `use(task)`. There is at least one.
+// The tasks of this thread block, in order: `use(task)`.
 //
 // Under a mask the tiles of a head differ. Either there is a block for each, the longest first; or, with a smaller
 // grid, they are worked on in pairs: the last of a head with its first, the one before with the second and so on, so
 // that all pairs have as much to do. (Of an odd number of tiles the last has no partner, and is as long as the pairs.)
 // A block's place moves on from round to round, since what is left of differences has the period of a head.
-template <typename Use>
-__device__ __forceinline__ void for_each_task(const Params& p, Use use) {
+//
+// Packed sequences' tasks are listed, the longest first, and a block that is done takes the next.
+template <bool LEADER, typename Use>
+__device__ __forceinline__ void for_each_task(const Params& p, const Layout& smem, Use use) {
+    if constexpr (SPEC.packed) {
+        for_each_listed<LEADER, false>(p, smem.mail(), p.heads, [&](const Work& work) {
+            Sequence sequence = work.sequence;
+            const int shift = RAGGED - sequence.q_len;
+            sequence.q_start -= shift;
+            sequence.q_len = RAGGED;
+            use(Task{shift + work.tile * TILE.rows, work.head, sequence, shift});
+        });
+        return;
+    }
     const int heads = p.heads * p.batch, pairs = ceil_div(p.q_tiles, 2);
     const bool paired = (SPEC.bounded_left || SPEC.bounded_right) && gridDim.x < p.q_tiles * heads;
     const int items = (paired ? pairs : p.q_tiles) * heads;
@@ -137,12 +174,11 @@ __device__ __forceinline__ void for_each_task(const Params& p, Use use) {
                 const int head = item / pairs, pair = item - head * pairs;
                 const int tile = partner == 0 ? p.q_tiles - 1 - pair : pair - p.q_tiles % 2;
                 if (tile < 0) continue;
-                task.batch = head / p.heads;
-                task.head = head - task.batch * p.heads;
-                task.q_first = tile * TILE.rows;
+                const int batch = head / p.heads;
+                task = Task{tile * TILE.rows, head - batch * p.heads, whole_sequence(p, batch), 0};
             } else {
                 const Work work = find_work<TILE.rows, false>(p, item, p.q_tiles, p.heads);
-                task = Task{work.tile * TILE.rows, work.head, work.sequence.batch};
+                task = Task{work.tile * TILE.rows, work.head, work.sequence, 0};
             }
             use(task);
         }
@@ -150,12 +186,14 @@ __device__ __forceinline__ void for_each_task(const Params& p, Use use) {
 }
 
 // One thread: the copies of all tasks, in the order the consumers need them: K one tile before V, and Q as soon as it
-// has a slot.
+// has a slot. Where tasks are listed, which takes registers, there are three threads, one for the copies of each; that
+// of K leads.
+template <bool QUERIES, bool KEYS, bool VALUES>
 __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map, const TensorMap& K_map,
                                         const TensorMap& V_map, const Layout& smem) {
     int count = 0;  // of tasks
     Ring<> k_ring, v_ring;
-    int v_first = NONE, v_head = 0, v_batch = 0;  // the tile of V whose turn is next
+    int v_row = NONE, v_head = 0, v_place = 0;  // the tile of V whose turn is next
 
     auto load_Q = [&](const Task& task, int warpgroup) {
         const auto [slot, parity] = Slot(count, warpgroup);
@@ -165,44 +203,53 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map,
             barrier_arrive(smem.Q_full(slot));
         } else {
             barrier_expect(smem.Q_full(slot), Q_BYTES);
-            load_panels<SPEC.head_dim, Q_PANEL>(smem.Q(slot), Q_map, smem.Q_full(slot), task.q_first + 64 * warpgroup,
-                                                task.head, task.batch, EVICT_FIRST);
+            load_panels<SPEC.head_dim, Q_PANEL>(smem.Q(slot), Q_map, smem.Q_full(slot),
+                                                task.sequence.q_row(task.q_first + 64 * warpgroup), task.head,
+                                                task.sequence.q_place(), EVICT_FIRST);
         }
     };
+    auto load_K = [&](int row, int head, int place) {
+        const int stage = k_ring.stage;
+        barrier_wait(smem.K_empty(stage), k_ring.parity ^ 1);
+        barrier_expect(smem.K_full(stage), K_BYTES);
+        load_panels<SPEC.head_dim, KV_PANEL>(smem.K(stage), K_map, smem.K_full(stage), row, head, place, EVICT_LAST);
+        k_ring.advance();
+    };
     auto load_V = [&] {
-        if (v_first == NONE) return;
+        if (v_row == NONE) return;
         const int stage = v_ring.stage;
         barrier_wait(smem.V_empty(stage), v_ring.parity ^ 1);
         barrier_expect(smem.V_full(stage), V_BYTES);
-        load_panels<SPEC.head_dim_v, KV_PANEL>(smem.V(stage), V_map, smem.V_full(stage), v_first, v_head, v_batch,
+        load_panels<SPEC.head_dim_v, KV_PANEL>(smem.V(stage), V_map, smem.V_full(stage), v_row, v_head, v_place,
                                                EVICT_LAST);
         v_ring.advance();
     };
 
     // Warpgroups with a second slot get their Q before the last V of the task before, the others after its last scores.
-    for_each_task(p, [&](const Task& task) {
-        const Band band(p, sequence_of(p, task.batch));
-        const TileRange tiles = tiles_of_task(p, band, task.q_first);
+    for_each_task<KEYS>(p, smem, [&](const Task& task) {
+        const Band band(p, task.sequence);
+        const TileRange tiles = KEYS || VALUES ? tiles_of_task(band, task) : TileRange{0, 1};
         for (int tile = tiles.first; tile < tiles.last; ++tile) {
-            if (tile == tiles.first) {
+            if (QUERIES && tile == tiles.first) {
                 for (int warpgroup = 0; warpgroup < SECOND_SLOTS; ++warpgroup) load_Q(task, warpgroup);
             }
-            const int stage = k_ring.stage, kv_head = task.head / p.group;
-            barrier_wait(smem.K_empty(stage), k_ring.parity ^ 1);
-            barrier_expect(smem.K_full(stage), K_BYTES);
-            load_panels<SPEC.head_dim, KV_PANEL>(smem.K(stage), K_map, smem.K_full(stage), tile * TILE.cols, kv_head,
-                                                 task.batch, EVICT_LAST);
-            k_ring.advance();
-            load_V();
-            v_first = tile * TILE.cols, v_head = kv_head, v_batch = task.batch;
-            if (tile == tiles.first) {
+            const int kv_row = task.sequence.kv_row(tile * TILE.cols), kv_head = task.head / p.group;
+            if constexpr (KEYS) load_K(kv_row, kv_head, task.sequence.kv_place());
+            if constexpr (VALUES) {
+                if constexpr (KEYS) load_V();
+                v_row = kv_row, v_head = kv_head, v_place = task.sequence.kv_place();
+                if constexpr (!KEYS) load_V();
+            }
+            if (QUERIES && tile == tiles.first) {
                 for (int warpgroup = SECOND_SLOTS; warpgroup < GROUPS; ++warpgroup) load_Q(task, warpgroup);
             }
         }
         ++count;
     });
-    load_V();
-    for (int warpgroup = 0; warpgroup < GROUPS; ++warpgroup) load_Q(Task{NONE, 0, 0}, warpgroup);
+    if constexpr (KEYS && VALUES) load_V();
+    if constexpr (QUERIES) {
+        for (int warpgroup = 0; warpgroup < GROUPS; ++warpgroup) load_Q(Task{NONE, 0, {}, 0}, warpgroup);
+    }
 }
 
 // The state of the online softmax of this lane's two rows.
@@ -347,9 +394,9 @@ __device__ __forceinline__ void issue_output(float (&O)[N_OUT][4], unsigned int 
 // LSE, if anybody wants it, of the 16 rows of one warp, from row `row` of the task on, and the factors 1 / l of O.
 __device__ __forceinline__ void finish_softmax(const Params& p, const Task& task, int row, const Softmax& softmax,
                                                float (&scale)[2]) {
-    const Sequence sequence = sequence_of(p, task.batch);
+    const Sequence& sequence = task.sequence;
     const int lane = threadIdx.x % 32, first = task.q_first + row;
-    float* lse_gmem = statistic_rows(p.lse, task.batch, first, task.head);
+    float* lse_gmem = statistic_rows(p.lse, sequence.batch, sequence.q_start + first, task.head);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float lse;
@@ -365,6 +412,7 @@ __device__ __forceinline__ void store_output(const Params& p, const TensorMap& O
                                              const Task& task, int row, const float (&scale)[2],
                                              const float (&O)[N_OUT][4]) {
     const int first = task.q_first + row;
+    const Sequence& sequence = task.sequence;
     if constexpr (TILE.staged) {
         constexpr int PANEL = 16 * 128;
         const int lane = threadIdx.x % 32;
@@ -384,12 +432,12 @@ __device__ __forceinline__ void store_output(const Params& p, const TensorMap& O
         fence_async_proxy();
         __syncwarp();
         if (lane == 0) {
-            store_panels<SPEC.head_dim_v, PANEL>(O_map, O_smem, first, task.head, task.batch);
+            store_panels<SPEC.head_dim_v, PANEL>(O_map, O_smem, sequence.q_row(first), task.head, sequence.q_place());
             bulk_commit();
         }
     } else {
-        Element* O_gmem = head_rows(p.out, task.batch, first, task.head);
-        store_accumulators<SPEC.head_dim_v>(O_gmem, p.out.row_stride, p.q_len - first, 0, O, scale, false);
+        Element* O_gmem = head_rows(p.out, sequence.batch, sequence.q_start + first, task.head);
+        store_accumulators<SPEC.head_dim_v>(O_gmem, p.out.row_stride, sequence.q_len - first, 0, O, scale, false);
     }
 }
 
@@ -414,9 +462,15 @@ struct Turn {
 // One warpgroup: 64 rows of every task.
 __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, const Layout& smem, int warpgroup) {
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 - 64;  // the warp's first row of a task
-    Band band(p, sequence_of(p, 0));
-    band.q_len = 1 << 30;  // rows beyond the tensor are zeros and are not stored: no need to mask them
-    int count = 0;         // of tasks
+    auto band_of = [&](const Sequence& sequence) {
+        Band band(p, sequence);
+        band.q_len = SPEC.packed
+                         ? 2 * (RAGGED - 1)
+                         : RAGGED;  // rows beyond the sequence are zeros and are not stored: no need to mask them
+        return band;
+    };
+    Band band = band_of(whole_sequence(p, 0));  // of the task; packed sequences have each their own
+    int count = 0;                              // of tasks
     Slot q_slot(count, warpgroup);
     Ring<> ring;
     Scores scores(p, 0, 0, band.offset);
@@ -428,20 +482,22 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
     int tile;
     auto next_task = [&] {
         barrier_wait(smem.Q_full(q_slot.index), q_slot.parity);
-        return load_task(smem.task(q_slot.index));
+        return load_task(p, smem.task(q_slot.index));
     };
     // Whether the task has rows for this warpgroup: the last tile of a head may not.
-    auto has_rows = [&](const Task& task) { return task.q_first + 64 * warpgroup < p.q_len; };
+    auto has_rows = [&](const Task& task) { return task.q_first + 64 * warpgroup < task.sequence.q_len; };
     auto find_tiles = [&](const Task& task) {  // and how many the others need before them
-        const TileRange all = tiles_of_task(p, band, task.q_first);
-        tiles = tiles_of_rows(band, all, task.q_first + 64 * warpgroup);
+        const Band own = SPEC.packed ? band_of(task.sequence) : band;
+        const TileRange all = tiles_of_task(own, task);
+        tiles = tiles_of_rows(own, all, task.q_first + 64 * warpgroup);
         after = all.last - tiles.last;
         return tiles.first - all.first;
     };
     auto begin = [&](const Task& next) {
         task = next;
         tile = tiles.first;
-        scores = Scores(p, task.batch, task.head, band.offset);
+        if constexpr (SPEC.packed) band = band_of(task.sequence);
+        scores = Scores(p, task.sequence.index, task.head, band.offset);
         softmax.restart();
     };
     const Turn turn{warpgroup};
@@ -478,8 +534,8 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
         finish_scores(S, scores, band, cut, task.q_first + warp_row, tile * TILE.cols);
     };
     auto pack_into = [&](unsigned int (&P)[N / 2][4]) {
-        const Dropout dropout(p, task.batch, task.head);
-        pack_all(P, S, dropout, task.q_first + warp_row, tile * TILE.cols);
+        const Dropout dropout(p, task.sequence.index, task.head);
+        pack_all(P, S, dropout, task.q_first - task.shift + warp_row, tile * TILE.cols);
     };
     auto rescale_output = [&] {
 #pragma unroll
@@ -689,6 +745,10 @@ KERNEL(forward_hopper, 1)(ARGUMENT(Params) p, ARGUMENT(TensorMap) Q_map, ARGUMEN
             barrier_init(smem.V_full(stage), 1);
             barrier_init(smem.V_empty(stage), 4 * GROUPS);
         }
+        if constexpr (SPEC.packed) {
+            barrier_init(smem.mail().full, 1);
+            barrier_init(smem.mail().empty, 2);
+        }
         fence_barrier_init();
     }
     __syncthreads();
@@ -697,7 +757,13 @@ KERNEL(forward_hopper, 1)(ARGUMENT(Params) p, ARGUMENT(TensorMap) Q_map, ARGUMEN
     const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
     if (warpgroup == 0) {
         release_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0) produce(p, Q_map, K_map, V_map, smem);
+        if constexpr (SPEC.packed) {
+            if (threadIdx.x == 0) produce<false, true, false>(p, Q_map, K_map, V_map, smem);
+            if (threadIdx.x == 32) produce<false, false, true>(p, Q_map, K_map, V_map, smem);
+            if (threadIdx.x == 64) produce<true, false, false>(p, Q_map, K_map, V_map, smem);
+        } else {
+            if (threadIdx.x == 0) produce<true, true, true>(p, Q_map, K_map, V_map, smem);
+        }
     } else {
         take_registers<MATH_REGISTERS>();
         attend(p, O_map, smem, warpgroup - 1);

@@ -25,7 +25,8 @@ struct Params {
     float* dq_sum;             // dQ / scale of the Hopper backward, zero before it: pieces [batch, heads, q_len / 64,
                                // head_dim / 64] of [64, 64], each in the order of accumulators; may be null
     int* dq_turns;             // deterministic: how many tiles of keys have added to a piece, zero before
-    int* tickets;              // one counter: how many tiles of keys the Hopper kernels of dK and dV have taken
+    int* tickets;              // one counter: how many tasks the thread blocks of a Hopper kernel have taken
+    int* tasks;                // packed: the tasks of the Hopper kernels (list.cuh)
     const void* alibi_slopes;  // [heads] (batch stride 0) or [batch, heads]
     long long alibi_batch_stride;
     long long alibi_head_stride;

@@ -3,13 +3,22 @@
 #include "params.cuh"
 #include "spec.cuh"
 
+constexpr int RAGGED = 1 << 30;  // the length of the axis of rows of a packed tensor's map
+
 // One sequence's place in the arrays. For packed tensors the batch index of an address is 0 and rows start at the
 // sequence's boundary; `index` is the sequence's number either way.
 struct Sequence {
     int index;
     int batch;
-    long long q_start, kv_start;
+    int q_start, kv_start;  // the kernels go to 2^29 tokens
     int q_len, kv_len;
+
+    // The coordinates by which a tensor map finds row `row` of this sequence: on its axis of rows, and on that of
+    // sequences (see tma.cuh).
+    __device__ __forceinline__ int q_row(int row) const { return SPEC.packed ? RAGGED - q_len + row : row; }
+    __device__ __forceinline__ int kv_row(int row) const { return SPEC.packed ? RAGGED - kv_len + row : row; }
+    __device__ __forceinline__ int q_place() const { return SPEC.packed ? q_start + q_len : batch; }
+    __device__ __forceinline__ int kv_place() const { return SPEC.packed ? kv_start + kv_len : batch; }
 };
 
 struct Work {
@@ -19,13 +28,31 @@ struct Work {
     bool exists;
 };
 
-__device__ __forceinline__ long long boundary(const Params& p, const void* cu_seqlens, int i) {
-    return p.cu_seqlens_int64 ? static_cast<const long long*>(cu_seqlens)[i] : static_cast<const int*>(cu_seqlens)[i];
+__device__ __forceinline__ int boundary(const Params& p, const void* cu_seqlens, int i) {
+    if (!p.cu_seqlens_int64) return static_cast<const int*>(cu_seqlens)[i];
+    return static_cast<int>(static_cast<const long long*>(cu_seqlens)[i]);
 }
 
 // Whether these are the rows after the last boundary of packed tensors, which belong to no sequence.
 __device__ __forceinline__ bool is_outside(const Params& p, const Sequence& sequence) {
     return SPEC.packed && sequence.index == p.batch;
+}
+
+// Heads are worked on in sections of p.section_heads, `ranks` tasks each, all heads of a section in turn: which rank is
+// number `number`, and of which `head` of all.
+__device__ __forceinline__ unsigned int rank_in_section(const Params& p, unsigned int number, unsigned int ranks,
+                                                        unsigned int heads, unsigned int& head) {
+    const unsigned int section_heads = p.section_heads, section = number / (section_heads * ranks);
+    const unsigned int first = section * section_heads, within = number - first * ranks;
+    const unsigned int own_heads = min(section_heads, heads - first), rank = within / own_heads;
+    head = first + within - rank * own_heads;
+    return rank;
+}
+
+// Where the tiles of TILE_ROWS queries of a sequence begin among those of a head, as find_work numbers them.
+template <int TILE_ROWS>
+__device__ __forceinline__ int first_tile(const Sequence& sequence) {
+    return SPEC.packed ? sequence.q_start / TILE_ROWS + sequence.index : 0;
 }
 
 // Number `block` of the work: tiles of TILE_ROWS rows (of queries, or of keys if BY_KEYS), the tile index fastest.
@@ -52,12 +79,12 @@ __device__ __forceinline__ Work find_work(const Params& p, int block, int tiles,
             }
         }
         const bool beyond = low == p.batch;
-        const long long start = boundary(p, own, low);
-        const long long stop = beyond ? (BY_KEYS ? p.kv_len : p.q_len) : boundary(p, own, low + 1);
-        const long long other_start = beyond ? 0 : boundary(p, other, low);
-        const long long other_stop = beyond ? 0 : boundary(p, other, low + 1);
-        work.tile = tile - static_cast<int>(start / TILE_ROWS + low);
-        const int own_len = static_cast<int>(stop - start), other_len = static_cast<int>(other_stop - other_start);
+        const int start = boundary(p, own, low);
+        const int stop = beyond ? (BY_KEYS ? p.kv_len : p.q_len) : boundary(p, own, low + 1);
+        const int other_start = beyond ? 0 : boundary(p, other, low);
+        const int other_stop = beyond ? 0 : boundary(p, other, low + 1);
+        work.tile = tile - (start / TILE_ROWS + low);
+        const int own_len = stop - start, other_len = other_stop - other_start;
         work.sequence = BY_KEYS ? Sequence{low, 0, other_start, start, other_len, own_len}
                                 : Sequence{low, 0, start, other_start, own_len, other_len};
         work.exists = work.tile * TILE_ROWS < own_len;
@@ -68,11 +95,7 @@ __device__ __forceinline__ Work find_work(const Params& p, int block, int tiles,
         if constexpr (SPEC.bounded_right) {
             // Under a right bound the last queries and the first keys have the most to do: in each section of heads
             // they go first.
-            const unsigned int section_heads = p.section_heads, section = number / (section_heads * tiles_a_head);
-            const unsigned int first = section * section_heads, within = number - first * tiles_a_head;
-            const unsigned int pairs = min(section_heads, static_cast<unsigned int>(heads * p.batch) - first);
-            const unsigned int rank = within / pairs;
-            pair = first + within - rank * pairs;
+            const unsigned int rank = rank_in_section(p, number, tiles_a_head, heads * p.batch, pair);
             tile = BY_KEYS ? rank : tiles_a_head - 1 - rank;
         }
         const int batch = pair / static_cast<unsigned int>(heads);

@@ -101,6 +101,7 @@ _FIXED = {
     "backward_sinks": Tile(rows=1, cols=1, warps=8),
     "backward_finish": Tile(rows=64, cols=64, warps=4),
 }
+_LIST_WARPS = 32  # of the kernels that list tasks
 _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, head_dim_v and packed
     "forward_portable": ("bounded_left", "bounded_right", "softcap", "alibi", "sinks", "dropout", "allow_tf32"),
     "forward_hopper": ("bounded_left", "bounded_right", "softcap", "alibi", "sinks", "dropout"),
@@ -109,6 +110,8 @@ _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, h
     "backward_hopper": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "deterministic", "lean"),
     "backward_hopper_wide": ("bounded_left", "bounded_right", "alibi"),
     "backward_hopper_dq": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout"),
+    "forward_list": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout"),
+    "backward_list": ("bounded_left", "bounded_right", "deterministic"),
     "backward_prepare": (),
     "backward_finish": (),
     "backward_sinks": ("sinks",),
@@ -118,7 +121,7 @@ _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, h
 def kernel_spec(kernel: str, spec: Spec) -> Spec:
     """The Spec as far as a kernel's code depends on it, so that calls that differ elsewhere share one compilation."""
     relevant = {name: getattr(spec, name) for name in _RELEVANT[kernel]}
-    if kernel == "backward_hopper" and _dq_alone(spec):
+    if kernel in ("backward_hopper", "backward_list") and _dq_alone(spec):
         relevant |= {"lean": True, "deterministic": False}  # nothing is atomic then
     return Spec(dtype=spec.dtype, head_dim=spec.head_dim, head_dim_v=spec.head_dim_v, packed=spec.packed, **relevant)
 
@@ -137,33 +140,42 @@ def check_supported(spec: Spec, path: int) -> None:
 def kernels_of(spec: Spec, *, backward: bool, hopper: bool = False) -> tuple[str, ...]:
     """The kernels that one call launches, in order; `hopper` where the Hopper kernels serve it."""
     if not backward:
-        return ("forward_hopper",) if hopper else ("forward_portable",)
+        if not hopper:
+            return ("forward_portable",)
+        return ("forward_list", "forward_hopper") if spec.packed else ("forward_hopper",)
     first = ("backward_prepare", "backward_sinks") if spec.sinks else ("backward_prepare",)
     if not hopper:
         return (*first, "backward_portable_dkv", "backward_portable_dq")
-    if _whole_panels(spec.head_dim) in _HOPPER_BACKWARD["backward_hopper_wide"]:
-        return (*first, "backward_hopper_wide", "backward_hopper_dq")
-    return (*first, "backward_hopper", "backward_hopper_dq" if _dq_alone(spec) else "backward_finish")
+    if spec.packed:
+        first += ("backward_list",)
+    return (*first, _of_keys(spec), "backward_hopper_dq" if _dq_alone(spec) else "backward_finish")
 
 
 def has_hopper(spec: Spec, *, backward: bool) -> bool:
     """Whether the Hopper kernels serve a call on sm_90a, as far as the Spec decides."""
     dims = (spec.head_dim, spec.head_dim_v)
-    if spec.dtype not in ("float16", "bfloat16") or spec.packed:
+    if spec.dtype not in ("float16", "bfloat16"):
         return False
     if any(dim % 8 or _whole_panels(dim) not in _HOPPER_FORWARD_COLS for dim in dims):
         return False
     if not backward:
         return True
     panels, panels_v = map(_whole_panels, dims)
-    wide = panels in _HOPPER_BACKWARD["backward_hopper_wide"]
+    wide = _of_keys(spec) == "backward_hopper_wide"
     return panels == panels_v and not (wide and (spec.softcap or spec.dropout))
+
+
+def _of_keys(spec: Spec) -> str:
+    """The Hopper kernel of dK and dV."""
+    wide = _whole_panels(spec.head_dim) in _HOPPER_BACKWARD["backward_hopper_wide"]
+    return "backward_hopper_wide" if wide else "backward_hopper"
 
 
 def _dq_alone(spec: Spec) -> bool:
     """Whether dQ is left to a kernel of its own, which needs no workspace: lean, or where registers do not suffice."""
     ordered_and_long = spec.deterministic and (spec.bounded_left or spec.alibi)
-    return spec.lean or spec.softcap or spec.dropout or ordered_and_long
+    wide = _of_keys(spec) == "backward_hopper_wide"
+    return spec.lean or spec.softcap or spec.dropout or ordered_and_long or wide
 
 
 def _whole_panels(dim: int) -> int:
@@ -204,6 +216,9 @@ def tile_of(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int |
 
     `shared_limit` is what a thread block of the GPU may have, where that may be less than the path's own GPUs give.
     """
+    if kernel in ("forward_list", "backward_list"):
+        listed = tile_of("forward_hopper" if kernel == "forward_list" else _of_keys(spec), spec, path, vector)
+        return Tile(rows=listed.rows, cols=listed.cols, warps=_LIST_WARPS)
     if kernel == "forward_hopper":
         return _hopper_forward_tile(spec, vector)
     if kernel in _HOPPER_BACKWARD:
@@ -242,6 +257,8 @@ def shared_bytes(kernel: str, spec: Spec, tile: Tile) -> int:
         tiles = tile.q_slots * 64 * dim + tile.stages * tile.cols * (dim + dim_v)
         if tile.staged:
             tiles += tile.rows * dim_v
+        if spec.packed:  # longer tasks, and the number of the next
+            return tiles * element_bytes + 48 * tile.q_slots + 32 * tile.stages + 32
         return tiles * element_bytes + 32 * tile.q_slots + 32 * tile.stages
     if kernel == "backward_hopper_dq":  # Q and dO; one stage of V where the head is wide
         v_stages = 1 if dim > 128 else tile.stages

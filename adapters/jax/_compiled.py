@@ -30,7 +30,7 @@ from cuflash.errors import UnsupportedError
 _OLDEST = (0, 11, 2)  # the first jaxlib whose kernel calls take tensor maps
 _UNKNOWN = (0, 12)  # the first that was not tried
 
-_DTYPES = {"delta": jnp.float32, "dq_sum": jnp.float32, "dq_turns": jnp.int32, "tickets": jnp.int32}
+_DTYPES = {"delta": jnp.float32, "dq_sum": jnp.float32, "dq_turns": jnp.int32, "tickets": jnp.int32, "tasks": jnp.int32}
 
 
 class Gpu(NamedTuple):

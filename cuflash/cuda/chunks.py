@@ -94,9 +94,8 @@ class Call:
     def device_bytes(self, batch: int, kv_heads: int) -> int:
         """The most device memory that a chunk of this size takes: its block and the kernels' workspace."""
         sizes = {"batch": batch, "heads": kv_heads * self.problem.group, "kv_heads": kv_heads}
-        workspace = (
-            launch.workspace_bound(replace(self.problem, **sizes), lean=self.lean) if "dq" in self.results else 0
-        )
+        backward = "dq" in self.results
+        workspace = launch.workspace_bound(replace(self.problem, **sizes), backward=backward, lean=self.lean)
         return self.block(Chunk(slice(0, batch), slice(0, kv_heads))).size + workspace
 
     def chunks(self, limit: int | None, free: int) -> list[Chunk]:

@@ -18,18 +18,20 @@ _BACKWARD = ("q", "k", "v", "dout", "lse", "alibi_slopes", "cu_seqlens_q", "cu_s
 # The arrays that a kernel reads, and those that it writes, as far as a call has them. One in both is changed in place.
 _ACCESS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "forward_portable": (_FORWARD, ("out", "lse")),
-    "forward_hopper": (_FORWARD, ("out", "lse")),
+    "forward_list": (("cu_seqlens_q", "cu_seqlens_k"), ("tickets", "tasks")),
+    "forward_hopper": ((*_FORWARD, "tickets", "tasks"), ("out", "lse", "tickets")),
     "backward_prepare": (("out", "dout", "dlse"), ("delta", "tickets")),
     "backward_sinks": (("lse", "sinks", "cu_seqlens_q", "cu_seqlens_k", "delta"), ("dsinks",)),
     "backward_portable_dkv": (_BACKWARD, ("dk", "dv")),
     "backward_portable_dq": (_BACKWARD, ("dq",)),
-    "backward_hopper": ((*_BACKWARD, "tickets"), ("dk", "dv", "tickets", "dq_sum", "dq_turns")),
-    "backward_hopper_wide": ((*_BACKWARD, "tickets"), ("dk", "dv", "tickets")),
+    "backward_list": (("cu_seqlens_q", "cu_seqlens_k"), ("tasks",)),
+    "backward_hopper": ((*_BACKWARD, "tickets", "tasks"), ("dk", "dv", "tickets", "dq_sum", "dq_turns")),
+    "backward_hopper_wide": ((*_BACKWARD, "tickets", "tasks"), ("dk", "dv", "tickets")),
     "backward_hopper_dq": (_BACKWARD, ("dq",)),
-    "backward_finish": (("dq_sum",), ("dq",)),
+    "backward_finish": (("cu_seqlens_q", "cu_seqlens_k", "dq_sum"), ("dq",)),
 }
 _POINTERS = {"lse": "float*", "dlse": "float*", "delta": "float*", "dq_sum": "float*", "dq_turns": "int*"}
-_POINTERS |= {"tickets": "int*"}  # the others are void*
+_POINTERS |= {"tickets": "int*", "tasks": "int*"}  # the others are void*
 _NUMBERS = {"q": "long long", "Q": "unsigned long long", "i": "int", "I": "unsigned int", "f": "float"}
 # The fields of Params that are numbers, and their codes: arguments of every flat entry, in this order.
 NUMBERS = tuple((name, code) for name, code in PARAMS if code != "P")

@@ -44,7 +44,7 @@ PARAMS = (
       for field in ("data", "batch_stride", "row_stride", "head_stride")),
     *((f"{name}.{field}", "P" if field == "data" else "q") for name in _STATISTICS
       for field in ("data", "batch_stride", "head_stride")),
-    ("dq_sum", "P"), ("dq_turns", "P"), ("tickets", "P"),
+    ("dq_sum", "P"), ("dq_turns", "P"), ("tickets", "P"), ("tasks", "P"),
     ("alibi_slopes", "P"), ("alibi_batch_stride", "q"), ("alibi_head_stride", "q"),
     ("sinks", "P"), ("sinks_stride", "q"), ("dsinks", "P"),
     ("cu_seqlens_q", "P"), ("cu_seqlens_k", "P"), ("seed", "Q"),
@@ -62,14 +62,15 @@ PARAMS_OFFSETS = {
 _POINTER = struct.Struct("@P")
 # The arrays of a call, in the order in which a Plan takes their pointers, and the parts of the workspace.
 OPERANDS = (*TENSORS, "lse", "dlse", "dsinks", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
-WORKSPACE = ("delta", "tickets", "dq_sum", "dq_turns")
-ZEROED = WORKSPACE[2:]  # those that must be zeros before the call
+WORKSPACE = ("delta", "tickets", "tasks", "dq_sum", "dq_turns")
+ZEROED = WORKSPACE[3:]  # those that must be zeros before the call
 _WORD = 8  # bytes of a pointer, and of the seed
 _WORDS = {  # of struct Params: where their pointers are
     name: PARAMS_OFFSETS.get(name, PARAMS_OFFSETS.get(f"{name}.data", -1)) // _WORD for name in (*OPERANDS, *WORKSPACE)
 }
 _SEED = PARAMS_OFFSETS["seed"] // _WORD
 _ALIGNMENT = 256  # of the parts of the workspace
+_RECORD = 32  # bytes of a listed task; one more tells their number
 
 Layouts = dict[str, Signature]  # the arrays of a call by their name in OPERANDS, head-minor; those that it has
 
@@ -260,24 +261,16 @@ def steps(
     if max(problem.q_len, problem.kv_len) > MAX_LENGTH:
         raise UnsupportedError(f"q, k: got lengths {problem.q_len} and {problem.kv_len}; the kernels go to 2^29 tokens")
     hopper = aligned and _takes_hopper(problem, target, layouts, backward)
-    spec = replace(problem.spec, lean=lean, deterministic=problem.spec.deterministic and not lean)  # lean always is
+    spec = _backward_spec(problem.spec, lean)
     vector = _vector(problem.spec, layouts) if aligned else _element_bytes(problem.spec)
     tiles = {}
     for name in tuning.kernels_of(spec, backward=backward, hopper=hopper):
         tiles[name] = tuning.tile_of(name, tuning.kernel_spec(name, spec), target.path, vector, machine.shared_limit)
-    sizes = dict.fromkeys(WORKSPACE, 0)
-    if backward:
-        sizes["delta"], sizes["tickets"] = 4 * problem.statistics, 4
     launches = []
     for name, tile in tiles.items():
         q_tiles = _tiles(problem, problem.q_len, tile.rows)
         if name == "backward_finish":
-            # The tile whose rows divide the queries of dq_sum is that of the kernel that adds to it.
-            rows = tiles["backward_hopper"].rows
-            q_tiles = _tiles(problem, problem.q_len, rows) * rows // tile.rows
-            pieces = problem.batch * problem.heads * q_tiles * -(-spec.head_dim // tile.cols)
-            sizes["dq_sum"] = 4 * pieces * tile.rows * tile.cols
-            sizes["dq_turns"] = 4 * pieces if spec.deterministic else 0
+            q_tiles = _piece_rows(problem, tiles)
         blocks = _blocks(name, problem, tile, machine.multiprocessors, q_tiles)
         if blocks > _MAX_BLOCKS:
             raise UnsupportedError(f"q: got a problem of {blocks} tiles; the kernels go to 2^31 - 1: split the batch")
@@ -299,7 +292,7 @@ def steps(
                 ),
             )
         )
-    return Steps(tuple(launches), {name: size for name, size in sizes.items() if size})
+    return Steps(tuple(launches), _workspace(problem, spec, tiles))
 
 
 def machine(device: int) -> Machine:
@@ -307,17 +300,43 @@ def machine(device: int) -> Machine:
     return Machine(toolchain.device_target(device), *_limits(device))
 
 
-def workspace_bound(problem: Problem, *, lean: bool) -> int:
-    """The most workspace in bytes that a backward needs, whichever kernels serve it; nothing is compiled for it."""
-    spec = replace(problem.spec, lean=lean, deterministic=problem.spec.deterministic and not lean)
-    sizes = [4 * problem.statistics, 4]
-    kernels = tuning.kernels_of(spec, backward=True, hopper=tuning.has_hopper(spec, backward=True))
-    if "backward_finish" in kernels:
-        hopper, finish = (tuning.tile_of(name, spec, 900, 16) for name in ("backward_hopper", "backward_finish"))
-        q_tiles = _tiles(problem, problem.q_len, hopper.rows) * hopper.rows // finish.rows
-        pieces = problem.batch * problem.heads * q_tiles * -(-spec.head_dim // finish.cols)
-        sizes += [4 * pieces * finish.rows * finish.cols, 4 * pieces if spec.deterministic else 0]
-    return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
+def _backward_spec(spec: Spec, lean: bool) -> Spec:
+    """The Spec of a call with the memory asked for; lean is always deterministic."""
+    return replace(spec, lean=lean, deterministic=spec.deterministic and not lean)
+
+
+def _piece_rows(problem: Problem, tiles: dict[str, Tile]) -> int:
+    """Into how many rows of pieces of dq_sum the queries of a head are cut: their tiles are those of the kernel that
+    adds to it."""
+    rows = tiles["backward_hopper"].rows
+    return _tiles(problem, problem.q_len, rows) * rows // tiles["backward_finish"].rows
+
+
+def _workspace(problem: Problem, spec: Spec, tiles: dict[str, Tile]) -> dict[str, int]:
+    """The parts of the workspace that these kernels need, in bytes."""
+    sizes = dict.fromkeys(WORKSPACE, 0)
+    if "backward_prepare" in tiles:
+        sizes["delta"], sizes["tickets"] = 4 * problem.statistics, 4
+    if "forward_list" in tiles:
+        sizes["tickets"] = 4
+        sizes["tasks"] = _RECORD * (1 + _tiles(problem, problem.q_len, tiles["forward_list"].rows))
+    if "backward_list" in tiles:
+        sizes["tasks"] = _RECORD * (1 + _tiles(problem, problem.kv_len, tiles["backward_list"].cols))
+    if "backward_finish" in tiles:
+        piece = tiles["backward_finish"]
+        batch = 1 if spec.packed else problem.batch
+        pieces = batch * problem.heads * _piece_rows(problem, tiles) * -(-spec.head_dim // piece.cols)
+        sizes["dq_sum"] = 4 * pieces * piece.rows * piece.cols
+        sizes["dq_turns"] = 4 * pieces if spec.deterministic else 0
+    return {name: size for name, size in sizes.items() if size}
+
+
+def workspace_bound(problem: Problem, *, backward: bool, lean: bool) -> int:
+    """The most workspace in bytes that a call needs, whichever kernels serve it; nothing is compiled for it."""
+    spec = _backward_spec(problem.spec, lean)
+    names = tuning.kernels_of(spec, backward=backward, hopper=tuning.has_hopper(spec, backward=backward))
+    sizes = _workspace(problem, spec, {name: tuning.tile_of(name, spec, 900, 16) for name in names})
+    return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes.values())
 
 
 def aligned(pointers: Sequence[int]) -> bool:
@@ -346,7 +365,7 @@ def forward(plan: ForwardPlan, inputs: Sequence[Any], seed: int, with_lse: bool)
         0 if cu_seqlens_q is None else cu_seqlens_q.data.ptr,
         0 if cu_seqlens_k is None else cu_seqlens_k.data.ptr,
     )
-    plan.launches(aligned(pointers))._run(gpu, gpu.stream().ptr, pointers, 0, seed)
+    _run(gpu, plan, pointers, seed)
     return out, lse
 
 
@@ -366,13 +385,21 @@ def backward(plan: BackwardPlan, arrays: Sequence[Any], given: Sequence[Any], se
     dq, dk, dv, dsinks = (*gradients, None)[:4]
     operands = (q, k, v, out, dout, dq, dk, dv, lse, dlse, dsinks, *extras)
     pointers = tuple([0 if array is None else array.data.ptr for array in operands])
+    _run(gpu, plan, pointers, seed)
+    return gradients
+
+
+def _run(gpu: _Gpu, plan: ForwardPlan | BackwardPlan, pointers: Sequence[int], seed: int) -> None:
+    """Launch a plan on the current stream, with a workspace from CuPy's pool if it needs one."""
     launches = plan.launches(aligned(pointers))
     stream = gpu.stream().ptr
+    if not launches.workspace:
+        launches._run(gpu, stream, pointers, 0, seed)
+        return
     workspace = gpu.cuda.alloc(launches.workspace)
     launches._run(gpu, stream, pointers, workspace.ptr, seed)
     if gpu.cuda.runtime.streamIsCapturing(stream):
         _CAPTURED.append(workspace)  # a graph goes on using it after this call
-    return gradients
 
 
 _CAPTURED: list[Any] = []  # workspace of calls inside captured graphs
@@ -465,12 +492,16 @@ def _blocks(name: str, problem: Problem, tile: Tile, multiprocessors: int, q_til
     uneven = problem.spec.bounded_left or problem.spec.bounded_right
 
     counts: dict[str, Callable[[], int]] = {
+        "forward_list": lambda: 1,
+        "backward_list": lambda: 1,
         "forward_portable": lambda: q_blocks,
-        # Equal tiles, or equal pairs of tiles of which there are enough: each multiprocessor loops over its share. Few
-        # or very long tiles under a mask: a block each, so that a multiprocessor that is done takes the next.
+        # Equal tiles, equal pairs of tiles of which there are enough, or listed ones: each multiprocessor loops over its
+        # share. Few or very long tiles under a mask: a block each, so that a multiprocessor that is done takes the next.
         "forward_hopper": lambda: (
             q_blocks
-            if uneven and (q_tiles > _PAIRED_TILES or (q_tiles + 1) // 2 * heads <= 3 * multiprocessors)
+            if uneven
+            and not problem.spec.packed
+            and (q_tiles > _PAIRED_TILES or (q_tiles + 1) // 2 * heads <= 3 * multiprocessors)
             else min(q_blocks, multiprocessors)
         ),
         "backward_prepare": lambda: -(-problem.q_len * batch // tile.rows),

@@ -4,7 +4,9 @@ A tensor [batch, len, heads, dim] of a 16-bit dtype is described as [batch, head
 first in the driver's order, so that one copy loads a tile of rows as panels of 64 elements, 128 bytes a row, swizzled
 by 128 bytes, as wgmma reads them. Where dim is not a multiple of 64 that split would reach into the next head, so the
 map is [batch, heads, len, dim] and a copy loads one panel. Rows beyond `len` and columns beyond `dim` are loaded as
-zeros. The twin of cuda_src/tma.cuh.
+zeros. Of a packed tensor [total, heads, dim] rows beyond a sequence's end must be zeros too, whichever sequence: three
+of the map's axes step along the rows, as cuda_src/tma.cuh explains, whose twin this is. (The idea of a bound that moves
+with an offset is that of the ragged descriptors of Triton's tools.)
 """
 
 from __future__ import annotations
@@ -18,19 +20,23 @@ from cuflash.errors import UnsupportedError
 
 _PANEL = 64  # elements of a 128-byte row
 _SOMEWHERE = 2**20  # an aligned address, until `point` gives the array's own
+_RAGGED = 2**30  # the axis of rows of a packed tensor's map
+_ANYWHERE = 2**31 - 2**16  # the length of an axis that bounds nothing
 
 
 def expressible(array: Signature) -> bool:
-    """Whether a map can describe an aligned array [batch, len, heads, dim]: its strides are positive multiples of 16.
+    """Whether a map can describe an aligned array [batch, len, heads, dim] or [total, heads, dim]: its strides are
+    positive multiples of 16.
 
     Axes of length 1 are never stepped along, so their stride does not matter.
     """
     itemsize = dtype_of(array.dtype).itemsize
-    if len(array.shape) != 4 or array.shape[-1] * itemsize % 16:
+    if array.shape[-1] * itemsize % 16:
         return False
+    largest = 2**40 if len(array.shape) == 4 else 2**34
     steps = zip(array.strides[:-1], array.shape[:-1], strict=True)
     return all(
-        length == 1 or (stride * itemsize % 16 == 0 and 0 < stride * itemsize < 2**40) for stride, length in steps
+        length == 1 or (stride * itemsize % 16 == 0 and 0 < stride * itemsize < largest) for stride, length in steps
     )
 
 
@@ -44,23 +50,30 @@ class Description(NamedTuple):
 
 
 def describe(array: Signature, rows: int) -> Description:
-    """The map of tiles of `rows` rows of an expressible 16-bit array [batch, len, heads, dim]."""
-    batch, length, heads, dim = array.shape
-    batch_stride, row_stride, head_stride = (
+    """The map of tiles of `rows` rows of an expressible 16-bit array [batch, len, heads, dim] or [total, heads, dim]."""
+    *batch, length, heads, dim = array.shape
+    *batch_stride, row_stride, head_stride = (
         2 * int(stride) if count > 1 else 2 * dim
         for stride, count in zip(array.strides[:-1], array.shape[:-1], strict=True)
     )
+    if not batch:
+        return Description(
+            dtype=array.dtype,
+            shape=(dim, _RAGGED, heads, _ANYWHERE, _ANYWHERE),
+            strides=(row_stride, head_stride, row_stride, 2**64 // _RAGGED - row_stride),
+            box=(_PANEL, rows, 1, 1, 1),
+        )
     if dim % _PANEL == 0:
         return Description(
             dtype=array.dtype,
-            shape=(_PANEL, length, dim // _PANEL, heads, batch),
-            strides=(row_stride, 2 * _PANEL, head_stride, batch_stride),
+            shape=(_PANEL, length, dim // _PANEL, heads, *batch),
+            strides=(row_stride, 2 * _PANEL, head_stride, *batch_stride),
             box=(_PANEL, rows, dim // _PANEL, 1, 1),
         )
     return Description(
         dtype=array.dtype,
-        shape=(dim, length, heads, batch),
-        strides=(row_stride, head_stride, batch_stride),
+        shape=(dim, length, heads, *batch),
+        strides=(row_stride, head_stride, *batch_stride),
         box=(_PANEL, rows, 1, 1),
     )
 

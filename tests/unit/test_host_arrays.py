@@ -464,6 +464,7 @@ def test_the_bound_of_the_workspace_holds(
     others = (forward.out, forward.out, forward.lse, None, None, None, None)
     plan = plans.backward(*others, *inputs, False, "lean" if lean else "fast", *options)
     target = Target.named(arch)
-    steps, _ = plan.steps(launch.Machine(target, 132, tuning.SHARED_MEMORY[target.path]))
-    needed = sum(-(-size // 256) * 256 for size in steps.workspace.values())
-    assert needed <= launch.workspace_bound(plan.problem, lean=lean)
+    for backward, call in ((False, forward), (True, plan)):
+        steps, _ = call.steps(launch.Machine(target, 132, tuning.SHARED_MEMORY[target.path]))
+        needed = sum(-(-size // 256) * 256 for size in steps.workspace.values())
+        assert needed <= launch.workspace_bound(call.problem, backward=backward, lean=lean)

@@ -90,16 +90,18 @@ def test_other_dims_alignments_and_tf32() -> None:
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("options", [{"bounded_right": True}, {**EVERYTHING, "packed": False}])
-def test_hopper_forward(options: dict[str, bool]) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", [{"bounded_right": True}, {**EVERYTHING}])
+def test_hopper_forward(options: dict[str, bool], packed: bool) -> None:
     target = Target.named("sm_90a")
     dims = [*product(HEAD_DIMS, repeat=2), (8, 40), (96, 136), (200, 72)]
-    specs = [_spec("bfloat16", dim, dim_v, **options) for dim, dim_v in dims]
-    _check([job for spec in specs for job in jobs_of(spec, target) if job[0] == "forward_hopper"])
+    specs = [_spec("bfloat16", dim, dim_v, **options | {"packed": packed}) for dim, dim_v in dims]
+    _check([job for spec in specs for job in jobs_of(spec, target) if job[0] in ("forward_hopper", "forward_list")])
 
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     "options",
     [
@@ -107,13 +109,13 @@ def test_hopper_forward(options: dict[str, bool]) -> None:
         {"bounded_right": True, "alibi": True, "sinks": True},
         {"bounded_right": True, "softcap": True},
         {"bounded_right": True, "dropout": True},
-        {**EVERYTHING, "packed": False},
+        {**EVERYTHING},
     ],
 )
-def test_hopper_backward(options: dict[str, bool], dtype: str) -> None:
-    specs = [_spec(dtype, dim, **options) for dim in (40, *HEAD_DIMS)]
+def test_hopper_backward(options: dict[str, bool], packed: bool, dtype: str) -> None:
+    specs = [_spec(dtype, dim, **options | {"packed": packed}) for dim in (40, *HEAD_DIMS)]
     jobs = [job for spec in specs for job in jobs_of(spec, Target.named("sm_90a"))]
-    _check([job for job in jobs if job[0].startswith(("backward_hopper", "backward_finish"))])
+    _check([job for job in jobs if job[0].startswith(("backward_hopper", "backward_finish", "backward_list"))])
 
 
 @pytest.mark.usefixtures("compiler")
@@ -183,7 +185,7 @@ def test_every_aligned_head_dim_has_a_hopper_backward_that_fits(how: dict[str, b
     assert not tuning.has_hopper(_spec("bfloat16", 60), backward=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout": True}])
+@pytest.mark.parametrize("options", [{}, {"dropout": True}, {"packed": True}])
 def test_every_aligned_head_dim_has_a_hopper_tile_that_fits(options: dict[str, bool]) -> None:
     for head_dim, head_dim_v in product(range(8, 257, 8), repeat=2):
         spec = _spec("float16", head_dim, head_dim_v, **options)
@@ -194,7 +196,6 @@ def test_every_aligned_head_dim_has_a_hopper_tile_that_fits(options: dict[str, b
         assert tile.cols >= 80 or head_dim_v > 192
     for spec in (_spec("float16", 68), _spec("float16", 64, 33), _spec("float16", 264), _spec("float32", 64)):
         assert not tuning.has_hopper(spec, backward=False)
-    assert not tuning.has_hopper(_spec("float16", 64, packed=True), backward=False)
 
 
 def test_shared_memory_sums() -> None:
@@ -219,6 +220,18 @@ def test_a_spec_is_reduced_to_what_a_kernel_depends_on() -> None:
     assert not tuning.kernel_spec("backward_portable_dq", everything).sinks
     assert tuning.kernel_spec("backward_hopper", everything).lean  # registers do not suffice for dQ too
     assert tuning.kernel_spec("forward_portable", everything).sinks
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_tasks_are_listed_in_the_tiles_of_the_kernel_that_takes_them(head_dim: int) -> None:
+    spec = _spec("bfloat16", head_dim, packed=True)
+    for backward in (False, True):
+        names = tuning.kernels_of(spec, backward=backward, hopper=True)
+        place = names.index("backward_list" if backward else "forward_list")
+        tiles = [tuning.tile_of(name, spec, 900, 16) for name in names[place : place + 2]]
+        assert (tiles[0].rows, tiles[0].cols) == (tiles[1].rows, tiles[1].cols)
+        dense = tuning.kernels_of(_spec("bfloat16", head_dim), backward=backward, hopper=True)
+        assert dense == tuple(name for name in names if not name.endswith("_list"))
 
 
 @pytest.mark.parametrize(

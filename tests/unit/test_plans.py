@@ -95,7 +95,24 @@ def test_what_tensor_maps_can_express() -> None:
         dense._replace(strides=(1284, 256, 64, 1)),
         dense._replace(strides=(0, 256, 64, 1)),
         dense._replace(strides=(-1280, 256, 64, 1)),
-        dense._replace(shape=(5, 4, 64), strides=(256, 64, 1)),
+        dense._replace(shape=(5, 4, 64), strides=(2**33, 64, 1)),
     ):
         assert not tensor_map.expressible(other)
     assert tensor_map.expressible(dense._replace(shape=(1, 5, 4, 64), strides=(0, 256, 64, 1)))
+    assert tensor_map.expressible(dense._replace(shape=(5, 4, 64), strides=(256, 64, 1)))
+
+
+@pytest.mark.parametrize("stride", [256, 96, 2**32])
+def test_the_map_of_packed_sequences_ends_with_each(stride: int) -> None:
+    from cuflash.cuda import tensor_map
+
+    array = Signature((1000, 4, 24), (stride, 24, 1), "bfloat16", "cuda:0", True)
+    _, shape, strides, box = tensor_map.describe(array, 128)
+    assert box == (64, 128, 1, 1, 1)
+    end = shape[1]
+    for start, length, row in ((0, 7, 0), (7, 300, 299), (307, 693, 128)):
+        # The coordinates of Sequence::q_row and q_place, and that of the outermost axis, in cuda_src.
+        coordinates = (end - length + row, 3, start + length, end)
+        assert all(x < n for x, n in zip(coordinates, shape[1:], strict=True))
+        address = sum(x * step for x, step in zip(coordinates, strides, strict=True)) % 2**64
+        assert address == 2 * ((start + row) * stride + 3 * 24)
