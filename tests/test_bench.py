@@ -237,10 +237,13 @@ def test_what_takes_too_long_or_too_much_memory_is_left_out(monkeypatch: pytest.
 
     meter = Meter(Cpu(), [*OURS_AND_STANDARD, Peer(name="greedy", prepare=on_arrays(greedy))])
     assert meter.row(table(), workload())["missing"] == {"greedy": "out of memory: Unable to allocate 8 EiB"}
-    monkeypatch.setattr(measure, "PATIENCE", 0.0)
-    row = meter.row(table(), workload(length=192, q_len=192))
+    for quantity, left_out in (("memory", False), ("speed", True)):  # where it is called once, and where twice
+        given = Table(name="forward", quantity=quantity, workloads=())
+        monkeypatch.setattr(measure, "PATIENCE", 1.5 * meter._foreseen(given, "standard", workload()))
+        row = meter.row(given, workload())
+        assert ("standard" in results.contestants(row)) is not left_out
+        assert row["missing"].get("standard", "").startswith("too long, about ") is left_out
     assert results.contestants(row) == ["cuflash"]
-    assert row["missing"]["standard"].startswith("too long, about ")
 
 
 @pytest.mark.usefixtures("quick")
