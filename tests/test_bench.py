@@ -63,13 +63,46 @@ PROBLEMS = {
 def test_options_reach_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[command.Settings] = []
     monkeypatch.setattr(command, "run", lambda settings: given.append(settings) or 0)
-    options = ["--suite", "gqa", "long", "gqa", "--json", "there", "--plots", "--update-readme", "--device", "cpu"]
+    options = ["--suite", "gqa", "long", "--json", "there", "--plots", "--update-readme", "--device", "cpu"]
+    options += ["--suite", "host", "--suite", "gqa"]  # which add up
     assert cli.main(["bench"]) == 0
     assert cli.main(["bench", *options]) == 0
     assert given == [
         command.Settings(),
-        command.Settings(suites=("gqa", "long"), json="there", plots=True, update_readme=True, device="cpu"),
+        command.Settings(suites=("gqa", "long", "host"), json="there", plots=True, update_readme=True, device="cpu"),
     ]
+
+
+@pytest.mark.parametrize("suites", [["all"], ["gqa", "all"]])
+def test_all_is_every_suite(suites: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[command.Settings] = []
+    monkeypatch.setattr(command, "run", lambda settings: given.append(settings) or 0)
+    assert cli.main(["bench", "--suite", *suites, "--update-readme"]) == 0
+    assert given == [command.Settings(suites=tuple(SUITES), update_readme=True)]
+
+
+def test_one_command_measures_draws_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tables of every suite, before the pictures and README are made of what is stored then."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    measured: list[str] = []
+
+    def measure_them(suites: tuple[str, ...], folder: Path, device: Cpu) -> int:
+        measured.extend(suites)
+        record = record_of("NVIDIA H200")
+        record["rows"].append({**record["rows"][0], "length": 4_096})
+        results.write(record, folder)
+        return 0
+
+    monkeypatch.setattr(command, "_measure", measure_them)
+    Path("README.md").write_text(f"{readme.BEGIN}\n{readme.END}\n", encoding="utf-8")
+    assert cli.main(["bench", "--suite", "all", "--update-readme", "--device", "cpu"]) == 0
+    assert measured == list(SUITES)
+    assert Path("benchmarks/results/h200_forward.png").exists()
+    assert "| head_dim 16, causal | 2 (2.00) | 2 (2.00) |" in Path("README.md").read_text(encoding="utf-8")
+    assert "wrote README.md" in capsys.readouterr().out
 
 
 def test_the_module_takes_the_options_of_the_command() -> None:
