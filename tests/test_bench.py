@@ -496,7 +496,7 @@ def test_update_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.startswith(f"before\n{readme.BEGIN}\n\n| forward, TFLOP/s (ratio to cuDNN) | 96 | 4,096 |\n")
     assert "| head_dim 16, causal | 2 (2.00) | 2 (1.25) |" in text
     assert "| forward, 2 x 4,096, 4/2 heads of 16, causal | 2 | 1.6 |" in text
-    assert text.endswith(f"\n\n{readme.END}\nafter\n")
+    assert text.endswith(f"\n\n</details>\n\n{readme.END}\nafter\n")
     assert "old" not in text
     assert "a CPU" not in text
     assert {path.name for path in folder.glob("*.png")} == {"h200_forward.png", "t4_gqa_forward.png"}
@@ -505,7 +505,23 @@ def test_update_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("README.md").read_text(encoding="utf-8") == text
 
 
-@pytest.mark.parametrize("text", ["", readme.BEGIN, f"{readme.END}\n{readme.BEGIN}\n"])
+def test_readme_in_short(tmp_path: Path) -> None:
+    record = record_of("NVIDIA H200")
+    record["rows"].append({**record["rows"][0], "cuflash": 8.0})
+    results.write(record, tmp_path)
+    results.write(record_of("NVIDIA H200", "gqa_forward"), tmp_path)
+    text = "\n".join((*readme.SHORT, readme.BEGIN, readme.END))
+    found = readme.regenerate(text, tmp_path, tmp_path)
+    _, after = readme.around(found, readme.SHORT)
+    sentence = found.removesuffix(after).removeprefix(readme.SHORT[0]).strip()
+    assert sentence.endswith("NVIDIA H200, times cuDNN's in geometric mean: forward 4.00 (2 problems, 2.00 to 8.00).")
+    assert readme.regenerate(found, tmp_path, tmp_path) == found
+
+
+WHOLE = f"{readme.BEGIN}\n{readme.END}\n"
+
+
+@pytest.mark.parametrize("text", ["", readme.BEGIN, f"{readme.END}\n{readme.BEGIN}\n", f"{readme.SHORT[0]}\n{WHOLE}"])
 def test_a_readme_without_markers_is_left_alone(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
