@@ -17,6 +17,7 @@ from cuflash.demo import compilation
 from cuflash.errors import UnsupportedError
 
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+_EVERYTHING = "all"  # beside the names of SUITES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,14 +147,16 @@ def _add_bench(commands: Any) -> None:
         "bench",
         help="speed, memory and host cost beside every peer found here",
         description="Measures attention beside every peer found on this machine, interleaved in one process, results "
-        "verified first. Without a GPU a reduced form runs on the NumPy backend.",
+        "verified first. Without a GPU a reduced form runs on the NumPy backend. --suite all --update-readme does "
+        "everything: it measures, draws the plots and writes README's section.",
     )
     parser.add_argument(
         "--suite",
-        choices=tuple(SUITES),
+        choices=(*SUITES, _EVERYTHING),
         nargs="+",
-        default=(),
-        help="what to measure (default: everything; nothing where only --plots or --update-readme is given)",
+        action="extend",
+        default=[],
+        help="what to measure, repeatable (default: all; nothing where --plots or --update-readme is given alone)",
     )
     parser.add_argument(
         "--json", default="benchmarks/results", metavar="FOLDER", help="folder of the results (default: %(default)s)"
@@ -162,7 +165,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument(
         "--update-readme",
         action="store_true",
-        help="rewrite the section on speed of ./README.md, and its plots, from the GPU results in the folder",
+        help="rewrite what ./README.md says of speed, and its plots, from the GPU results in the folder",
     )
     _add_device(parser)
     parser.set_defaults(run=_run_bench)
@@ -173,7 +176,7 @@ def _run_bench(arguments: argparse.Namespace) -> int:
 
     return command.run(
         command.Settings(
-            suites=tuple(dict.fromkeys(arguments.suite)),
+            suites=tuple(SUITES) if _EVERYTHING in arguments.suite else tuple(dict.fromkeys(arguments.suite)),
             json=arguments.json,
             plots=arguments.plots,
             update_readme=arguments.update_readme,

@@ -63,13 +63,46 @@ PROBLEMS = {
 def test_options_reach_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[command.Settings] = []
     monkeypatch.setattr(command, "run", lambda settings: given.append(settings) or 0)
-    options = ["--suite", "gqa", "long", "gqa", "--json", "there", "--plots", "--update-readme", "--device", "cpu"]
+    options = ["--suite", "gqa", "long", "--json", "there", "--plots", "--update-readme", "--device", "cpu"]
+    options += ["--suite", "host", "--suite", "gqa"]  # which add up
     assert cli.main(["bench"]) == 0
     assert cli.main(["bench", *options]) == 0
     assert given == [
         command.Settings(),
-        command.Settings(suites=("gqa", "long"), json="there", plots=True, update_readme=True, device="cpu"),
+        command.Settings(suites=("gqa", "long", "host"), json="there", plots=True, update_readme=True, device="cpu"),
     ]
+
+
+@pytest.mark.parametrize("suites", [["all"], ["gqa", "all"]])
+def test_all_is_every_suite(suites: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[command.Settings] = []
+    monkeypatch.setattr(command, "run", lambda settings: given.append(settings) or 0)
+    assert cli.main(["bench", "--suite", *suites, "--update-readme"]) == 0
+    assert given == [command.Settings(suites=tuple(SUITES), update_readme=True)]
+
+
+def test_one_command_measures_draws_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tables of every suite, before the pictures and README are made of what is stored then."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    measured: list[str] = []
+
+    def measure_them(suites: tuple[str, ...], folder: Path, device: Cpu) -> int:
+        measured.extend(suites)
+        record = record_of("NVIDIA H200")
+        record["rows"].append({**record["rows"][0], "length": 4_096})
+        results.write(record, folder)
+        return 0
+
+    monkeypatch.setattr(command, "_measure", measure_them)
+    Path("README.md").write_text(f"{readme.BEGIN}\n{readme.END}\n", encoding="utf-8")
+    assert cli.main(["bench", "--suite", "all", "--update-readme", "--device", "cpu"]) == 0
+    assert measured == list(SUITES)
+    assert Path("benchmarks/results/h200_forward.png").exists()
+    assert "| head_dim 16, causal | 2 (2.00) | 2 (2.00) |" in Path("README.md").read_text(encoding="utf-8")
+    assert "wrote README.md" in capsys.readouterr().out
 
 
 def test_the_module_takes_the_options_of_the_command() -> None:
@@ -237,10 +270,13 @@ def test_what_takes_too_long_or_too_much_memory_is_left_out(monkeypatch: pytest.
 
     meter = Meter(Cpu(), [*OURS_AND_STANDARD, Peer(name="greedy", prepare=on_arrays(greedy))])
     assert meter.row(table(), workload())["missing"] == {"greedy": "out of memory: Unable to allocate 8 EiB"}
-    monkeypatch.setattr(measure, "PATIENCE", 0.0)
-    row = meter.row(table(), workload(length=192, q_len=192))
+    for quantity, left_out in (("memory", False), ("speed", True)):  # where it is called once, and where twice
+        given = Table(name="forward", quantity=quantity, workloads=())
+        monkeypatch.setattr(measure, "PATIENCE", 1.5 * meter._foreseen(given, "standard", workload()))
+        row = meter.row(given, workload())
+        assert ("standard" in results.contestants(row)) is not left_out
+        assert row["missing"].get("standard", "").startswith("too long, about ") is left_out
     assert results.contestants(row) == ["cuflash"]
-    assert row["missing"]["standard"].startswith("too long, about ")
 
 
 @pytest.mark.usefixtures("quick")
@@ -460,7 +496,7 @@ def test_update_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.startswith(f"before\n{readme.BEGIN}\n\n| forward, TFLOP/s (ratio to cuDNN) | 96 | 4,096 |\n")
     assert "| head_dim 16, causal | 2 (2.00) | 2 (1.25) |" in text
     assert "| forward, 2 x 4,096, 4/2 heads of 16, causal | 2 | 1.6 |" in text
-    assert text.endswith(f"\n\n{readme.END}\nafter\n")
+    assert text.endswith(f"\n\n</details>\n\n{readme.END}\nafter\n")
     assert "old" not in text
     assert "a CPU" not in text
     assert {path.name for path in folder.glob("*.png")} == {"h200_forward.png", "t4_gqa_forward.png"}
@@ -469,7 +505,23 @@ def test_update_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("README.md").read_text(encoding="utf-8") == text
 
 
-@pytest.mark.parametrize("text", ["", readme.BEGIN, f"{readme.END}\n{readme.BEGIN}\n"])
+def test_readme_in_short(tmp_path: Path) -> None:
+    record = record_of("NVIDIA H200")
+    record["rows"].append({**record["rows"][0], "cuflash": 8.0})
+    results.write(record, tmp_path)
+    results.write(record_of("NVIDIA H200", "gqa_forward"), tmp_path)
+    text = "\n".join((*readme.SHORT, readme.BEGIN, readme.END))
+    found = readme.regenerate(text, tmp_path, tmp_path)
+    _, after = readme.around(found, readme.SHORT)
+    sentence = found.removesuffix(after).removeprefix(readme.SHORT[0]).strip()
+    assert sentence.endswith("NVIDIA H200, times cuDNN's in geometric mean: forward 4.00 (2 problems, 2.00 to 8.00).")
+    assert readme.regenerate(found, tmp_path, tmp_path) == found
+
+
+WHOLE = f"{readme.BEGIN}\n{readme.END}\n"
+
+
+@pytest.mark.parametrize("text", ["", readme.BEGIN, f"{readme.END}\n{readme.BEGIN}\n", f"{readme.SHORT[0]}\n{WHOLE}"])
 def test_a_readme_without_markers_is_left_alone(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def run(settings: Settings) -> int:
     if (settings.plots or settings.update_readme) and importlib.util.find_spec("matplotlib") is None:
         raise UnsupportedError("the plots need matplotlib: pip install 'cuflash[demo]'")
     if settings.update_readme:
-        readme.around(README.read_text("utf-8"))
+        readme.check(README.read_text("utf-8"))
     suites = settings.suites or (() if settings.plots or settings.update_readme else tuple(SUITES))
     wrong = 0
     if suites:
@@ -71,6 +72,7 @@ def _measure(suites: tuple[str, ...], folder: Path, device: Cpu | Gpu) -> int:
     tables = [table for suite in suites for table in SUITES[suite](not device.on_gpu)]
     reasons: set[tuple[str, str]] = set()
     total, done, wrong = sum(len(table.workloads) for table in tables), 0, 0
+    begin = time.monotonic()
     with device.settled(), progress(total, "measuring the ceilings") as show:
         ceiling = device.ceiling()
         print(", ".join(f"{name}: {value}" for name, value in ceiling.items()), flush=True)
@@ -92,6 +94,7 @@ def _measure(suites: tuple[str, ...], folder: Path, device: Cpu | Gpu) -> int:
                 done += 1
                 show(done, table.name)
             print(f"wrote {results.path_of(folder, record)}")
+    print(f"measured in {time.monotonic() - begin:.0f} s", flush=True)
     return wrong
 
 

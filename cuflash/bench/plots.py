@@ -23,7 +23,7 @@ def draw(record: dict[str, Any]) -> Figure:
     keys = list(dict.fromkeys(_panel(row) for row in rows))
     columns = min(_COLUMNS, len(keys))
     rows_of_panels = -(-len(keys) // columns)
-    figure = Figure(figsize=(max(6.0, 4.2 * columns), 3.4 * rows_of_panels + 0.6), dpi=100, layout="constrained")
+    figure = Figure(figsize=(max(6.0, 4.2 * columns), 3.4 * rows_of_panels + 0.6), dpi=85, layout="constrained")
     panels = figure.subplots(rows_of_panels, columns, squeeze=False).ravel()
     # Full and causal one above the other: the masks are the outer order.
     for panel, key in zip(panels, sorted(keys, key=lambda key: (key[1], key[0], key[2])), strict=False):
@@ -34,7 +34,7 @@ def draw(record: dict[str, Any]) -> Figure:
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     what = "peak memory" if record["unit"] == UNITS["memory"] else record["unit"]
     device = record["gpu"] or record["cpu"]
-    figure.suptitle(f"{record['table'].replace('_', ', ')}: {what}, {device}, {record['date']}")
+    figure.suptitle(f"{record['table'].replace('_', ' ')}: {what}, {device}, {record['date']}")
     return figure
 
 

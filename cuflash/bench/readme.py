@@ -1,7 +1,8 @@
-"""README's section on speed, made from the files of results: nothing between the markers is written by hand."""
+"""What README says of speed, made from the files of results: nothing between the markers is written by hand."""
 
 from __future__ import annotations
 
+import math
 import os
 import textwrap
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from cuflash.bench.workloads import HIDDEN, TOKENS
 
 BEGIN = "<!-- speed: begin; written by `cuflash bench --update-readme` -->"
 END = "<!-- speed: end -->"
+SHORT = ("<!-- speed in short: begin; as below -->", "<!-- speed in short: end -->")  # optional, for the first screen
 GRIDS = ("forward", "backward")  # the tables of the suite `paper`: problems down, lengths across
 YARDSTICK = "CUDNN_ATTENTION"
 LIBRARIES = {  # the keys of their versions in a record, and their names
@@ -26,52 +28,96 @@ LIBRARIES = {  # the keys of their versions in a record, and their names
     "cupy": "CuPy",
     "cuflash": "cuflash",
 }
+_Pair = tuple[Path, dict[str, Any]]  # a file of results and its record
 
 
-def around(text: str) -> tuple[str, str]:
+def around(text: str, markers: tuple[str, str] = (BEGIN, END)) -> tuple[str, str]:
     """What stands before and after the section in README's `text`, markers included. Raises ValueError without them."""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    head, begin, rest = text.partition(markers[0])
+    _, end, tail = rest.partition(markers[1])
     if not begin or not end:
-        raise ValueError(f"README.md: got no {END if begin else BEGIN}; allowed: both markers, in this order")
+        raise ValueError(f"README.md: got no {markers[1 if begin else 0]}; allowed: both markers, in this order")
     return head + begin, end + tail
 
 
+def check(text: str) -> None:
+    """Raise ValueError unless README's `text` has the markers of the section, and both of SHORT or none."""
+    for markers in _markers(text):
+        around(text, markers)
+
+
 def regenerate(text: str, folder: Path, root: Path) -> str:
-    """README's `text`, with the section between the markers made from the GPU results in `folder`.
+    """README's `text`, with the section between the markers made from the GPU results in `folder`, and with the
+    sentences in short where it has markers for them.
 
     `root` is README's folder, which links are relative to. Raises ValueError without markers or without results.
     """
-    before, after = around(text)
-    return f"{before}\n\n{section(folder, root)}\n\n{after}"
+    for markers in _markers(text):
+        before, after = around(text, markers)
+        part = short(folder) if markers == SHORT else section(folder, root)
+        text = f"{before}\n\n{part}\n\n{after}"
+    return text
+
+
+def short(folder: Path) -> str:
+    """For each GPU a sentence: how its grids compare with cuDNN."""
+    sentences = []
+    for gpu, pairs in _by_gpu(folder):
+        grids = [(record["table"], _ratios(record)) for _, record in pairs if record["table"] in GRIDS]
+        compared = [
+            f"{name} {_mean(ratios):.2f} ({len(ratios)} problems, {min(ratios):.2f} to {max(ratios):.2f})"
+            for name, ratios in grids
+            if ratios
+        ]
+        if compared:
+            sentences.append(_wrapped(f"**Speed** on {gpu}, times cuDNN's in geometric mean: {', '.join(compared)}."))
+    return "\n\n".join(sentences)
 
 
 def section(folder: Path, root: Path) -> str:
-    """For each GPU its tables, where they come from, and the pictures."""
+    """For each GPU the grids, where they come from and their pictures; then, folded, the same of its other tables."""
+    return "\n\n".join(part for gpu, pairs in _by_gpu(folder) for part in _of_gpu(gpu, pairs, root))
+
+
+def _markers(text: str) -> list[tuple[str, str]]:
+    return [(BEGIN, END), SHORT] if any(marker in text for marker in SHORT) else [(BEGIN, END)]
+
+
+def _by_gpu(folder: Path) -> list[tuple[str, list[_Pair]]]:
     found = [(path, record) for path, record in results.stored(folder) if record["gpu"] is not None]
     if not found:
         raise ValueError(f"json: got {folder}, which holds no results of a GPU; allowed: a folder with some")
-    return "\n\n".join(
-        part for gpu, pairs in groupby(found, lambda pair: pair[1]["gpu"]) for part in _of_gpu(gpu, list(pairs), root)
-    )
+    return [(gpu, list(pairs)) for gpu, pairs in groupby(found, lambda pair: pair[1]["gpu"])]
 
 
-def _of_gpu(gpu: str, pairs: list[tuple[Path, dict[str, Any]]], root: Path) -> Iterator[str]:
-    grids = [record for _, record in pairs if record["table"] in GRIDS]
-    yield from (_grid(record) for record in grids)
+def _of_gpu(gpu: str, pairs: list[_Pair], root: Path) -> Iterator[str]:
+    grids = [pair for pair in pairs if pair[1]["table"] in GRIDS]
+    others = [pair for pair in pairs if pair[1]["table"] not in GRIDS]
+    yield from (_grid(record) for _, record in grids)
     if grids:
         yield _wrapped(
             f"{gpu}, bfloat16, {TOKENS:,} tokens in sequences of the length given, or one that is longer, hidden "
             f"{HIDDEN:,}; {_origin(grids)}."
         )
-    for _, record in pairs:
-        if record["table"] not in GRIDS:
-            yield _list(record)
-            yield _wrapped(f"{gpu}; {_origin([record])}.")
+        yield from _pictures(grids, root)
+    if others:
+        names = ", ".join(_title(record) for _, record in others)
+        yield f"<details>\n<summary>More on {gpu}, every contestant: {names}</summary>"
+        yield from (_list(record) for _, record in others)
+        yield _wrapped(f"{_origin(others)}.")
+        yield from _pictures(others, root)
+        yield "</details>"
+
+
+def _pictures(pairs: list[_Pair], root: Path) -> Iterator[str]:
     for path, record in pairs:
         if results.drawable(record):
             link = Path(os.path.relpath(results.picture_of(path), root)).as_posix()
-            yield f"![{record['table'].replace('_', ', ')} on {gpu}, every contestant against the length]({link})"
+            yield f"![{_title(record)} on {record['gpu']}, every contestant against the length]({link})"
+
+
+def _title(record: dict[str, Any]) -> str:
+    return record["table"].replace("_", " ")
 
 
 def _grid(record: dict[str, Any]) -> str:
@@ -89,6 +135,15 @@ def _grid(record: dict[str, Any]) -> str:
     )
 
 
+def _ratios(record: dict[str, Any]) -> list[float]:
+    """How many times faster than cuDNN, for each row that has both."""
+    return [row[OURS] / row[YARDSTICK] for row in record["rows"] if OURS in row and YARDSTICK in row]
+
+
+def _mean(ratios: list[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
 def _with_ratio(row: dict[str, Any]) -> str:
     if OURS not in row:
         return "–"
@@ -99,7 +154,7 @@ def _list(record: dict[str, Any]) -> str:
     """Any other table: problems down, contestants across."""
     names = list(dict.fromkeys(name for row in record["rows"] for name in results.contestants(row)))
     return _table(
-        [f"{record['table'].replace('_', ', ')}, {record['unit']}", *names],
+        [f"{_title(record)}, {record['unit']}", *names],
         [
             [results.problem(row), *(f"{row[name]:,.4g}" if name in row else "–" for name in names)]
             for row in record["rows"]
@@ -115,8 +170,9 @@ def _wrapped(sentence: str) -> str:
     return textwrap.fill(sentence, 120, break_long_words=False, break_on_hyphens=False)
 
 
-def _origin(records: list[dict[str, Any]]) -> str:
+def _origin(pairs: list[_Pair]) -> str:
     """The versions and dates of results: torch 2.11.0, cuDNN 91900; 2026-11-24."""
+    records = [record for _, record in pairs]
     versions = dict.fromkeys(
         f"{name} {record[key]}" for key, name in LIBRARIES.items() for record in records if record.get(key) is not None
     )
