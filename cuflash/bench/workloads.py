@@ -151,7 +151,7 @@ def decode(reduced: bool) -> tuple[Table, ...]:
 def memory(reduced: bool) -> tuple[Table, ...]:
     """The most that a forward and backward hold at once beyond their inputs."""
     lengths = (512, 1_024, 2_048) if reduced else tuple(2**power for power in range(13, 21))
-    heads, head_dim = (2, 64) if reduced else (8, 128)
+    heads, head_dim = (2, 64) if reduced else (16, 128)
     workloads = tuple(_self_attention(length, head_dim, heads, direction="step") for length in lengths)
     return (Table(name="memory", quantity="memory", workloads=workloads),)
 
