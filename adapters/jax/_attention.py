@@ -33,6 +33,8 @@ def flash_attention(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    bias: Any = None,
+    mask: Any = None,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
     dropout_p: float = 0.0,
@@ -48,12 +50,12 @@ def flash_attention(
 
     Works under jit, grad, vmap, scan, while_loop, cond, checkpoint, shard_map and export, and on sharded arrays, where
     each device attends to its part of the batch and the heads. Differentiable once, in reverse mode, with respect to
-    q, k, v and sinks, also through a returned LSE. A checkpoint policy can keep what the backward needs by the names
-    "cuflash_out" and "cuflash_lse".
+    q, k, v, sinks and bias, also through a returned LSE. A checkpoint policy can keep what the backward needs by the
+    names "cuflash_out" and "cuflash_lse".
 
     Parameters
     ----------
-    q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k : JAX or NumPy arrays
+    q, k, v, alibi_slopes, sinks, bias, mask, cu_seqlens_q, cu_seqlens_k : JAX or NumPy arrays
         As for `cuflash.flash_attention`. There is no gradient with respect to alibi_slopes: asking for it raises.
     memory : "fast" or "lean"
         The workspace of the backward, as for `cuflash.flash_attention_backward`.
@@ -82,7 +84,7 @@ def flash_attention(
         backend=backend,
         memory=memory,
     )
-    arrays = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    arrays = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, "sinks": sinks, "bias": bias, "mask": mask}
     arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     results: Any = _attention(*_checked(arrays, options))
     return results if return_lse else results[0]
@@ -102,6 +104,8 @@ def flash_attention_backward(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    bias: Any = None,
+    mask: Any = None,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
     dropout_p: float = 0.0,
@@ -142,7 +146,7 @@ def flash_attention_backward(
     if accumulate:
         bad("accumulate", "True", "False: add the returned gradients to yours")
     arrays = {"dout": dout, "out": out, "lse": lse, "dlse": dlse, "q": q, "k": k, "v": v}
-    arrays |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
+    arrays |= {"alibi_slopes": alibi_slopes, "sinks": sinks, "bias": bias, "mask": mask}
     arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     call, operands = _checked(arrays, options)
     return backward(call, *operands)
@@ -150,7 +154,7 @@ def flash_attention_backward(
 
 # ---- checks ------------------------------------------------------------------------------------------------------
 
-_OPTIONAL = {"dlse", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k"}
+_OPTIONAL = {"dlse", *FORWARD[3:]}
 
 
 def _checked(arrays: dict[str, Any], options: Options) -> tuple[Call, tuple[jax.Array, ...]]:
@@ -217,9 +221,9 @@ def _attention_backward(call: Call, residuals: Any, cotangents: Any) -> tuple[An
     given = {"dout": jnp.zeros_like(out) if isinstance(dout, SymbolicZero) else dout, "out": out, "lse": lse}
     if not isinstance(dlse, SymbolicZero):
         given["dlse"] = dlse
-    gradients = backward(Call(True, (*given, *call.operands), call.options), *given.values(), *values)
-    by_operand = dict(zip(("q", "k", "v", "sinks"), gradients, strict=False))
-    return (tuple(by_operand.get(name) for name in call.operands),)
+    back = Call(True, (*given, *call.operands), call.options)
+    gradients = dict(zip(back.results, backward(back, *given.values(), *values), strict=True))
+    return (tuple(gradients.get(f"d{name}") for name in call.operands),)
 
 
 _attention.defvjp(_attention_forward, _attention_backward, symbolic_zeros=True)

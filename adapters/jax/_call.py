@@ -67,7 +67,7 @@ class Call:
     def results(self) -> tuple[str, ...]:
         if not self.backward:
             return ("out", "lse")
-        return ("dq", "dk", "dv", "dsinks") if "sinks" in self.operands else ("dq", "dk", "dv")
+        return ("dq", "dk", "dv", *(f"d{name}" for name in ("sinks", "bias") if name in self.operands))
 
     @property
     def packed(self) -> bool:
@@ -106,7 +106,7 @@ def plan_of(arrays: Mapping[str, Signature], options: Options) -> ForwardPlan | 
     inputs = [arrays.get(name) for name in FORWARD]
     if "dout" in arrays:
         others = [arrays.get(name) for name in ("dout", "out", "lse", "dlse", "dq", "dk", "dv")]
-        plan = plans.backward(*others, *inputs, False, options.memory, *values)
+        plan = plans.backward(*others, *inputs, False, options.memory, True, *values)
     else:
         plan = plans.forward(*inputs, *values)
         if options.memory not in plans.MEMORY:
