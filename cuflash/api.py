@@ -389,12 +389,12 @@ def _for_numpy(
     plan: ForwardPlan, inputs: Sequence[Any], seed: int
 ) -> tuple[Problem, tuple[np.ndarray, np.ndarray, np.ndarray], Extras]:
     q, k, v = (_head_minor(plan, array) for array in inputs[:3])
-    *extras, bias, mask = inputs[3:]
-    bias, mask = (None if array is None else _four_axes(array) for array in (bias, mask))
+    extras = Extras(*inputs[3:])
+    bias, mask = (None if array is None else _four_axes(array) for array in (extras.bias, extras.mask))
     return (
         replace(plan.problem, seed=seed) if seed else plan.problem,
         (q, k, v),
-        Extras(*extras, bias, mask),
+        extras._replace(bias=bias, mask=mask),
     )
 
 

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
-from cuflash.adapters.jax._call import BACKWARD, FORWARD, Call, Options, plan_of, signature
+from cuflash.adapters.jax._call import BACKWARD, DENSE_AXES, FORWARD, Call, Options, plan_of, signature
 from cuflash.adapters.jax._primitives import backward, forward
 from cuflash.arrays import Signature
 from cuflash.errors import UnsupportedError
@@ -149,7 +149,8 @@ def flash_attention_backward(
     arrays |= {"alibi_slopes": alibi_slopes, "sinks": sinks, "bias": bias, "mask": mask}
     arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     call, operands = _checked(arrays, options)
-    return backward(call, *operands)
+    gradients = backward(call, *operands)
+    return gradients if bias is None else (*gradients[:-1], gradients[-1].reshape(bias.shape))
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------
@@ -171,9 +172,17 @@ def _checked(arrays: dict[str, Any], options: Options) -> tuple[Call, tuple[jax.
         if array.dtype.name != signatures[name].dtype:
             allowed = f"{array.dtype.name}, or 64-bit types switched on (jax_enable_x64)"
             bad(name, f"dtype {signatures[name].dtype}", allowed, TypeError)
+    lengths = dict(
+        zip(("batch", "len", "heads") if options.layout == "bshd" else DENSE_AXES, given["q"].shape, strict=False)
+    )
+    lengths["kv_len"] = given["k"].shape[1 if options.layout == "bshd" else 2]
+    axes: dict[str, tuple[str, ...]] = {"bias": (), "mask": ()}
+    for name in axes.keys() & given.keys():  # packed sequences have none
+        array = given[name] = given[name].reshape((1,) * (4 - given[name].ndim) + given[name].shape)
+        axes[name] = tuple(axis for axis, n in zip(DENSE_AXES, array.shape, strict=True) if n == lengths[axis])
     order = BACKWARD if "dout" in given else FORWARD
     operands = tuple(name for name in order if name in given)
-    call = Call("dout" in given, operands, options.plain())
+    call = Call("dout" in given, operands, options.plain(), axes["bias"], axes["mask"])
     return call, _varying_alike([given[name] for name in operands])
 
 
@@ -221,7 +230,7 @@ def _attention_backward(call: Call, residuals: Any, cotangents: Any) -> tuple[An
     given = {"dout": jnp.zeros_like(out) if isinstance(dout, SymbolicZero) else dout, "out": out, "lse": lse}
     if not isinstance(dlse, SymbolicZero):
         given["dlse"] = dlse
-    back = Call(True, (*given, *call.operands), call.options)
+    back = replace(call, backward=True, operands=(*given, *call.operands))
     gradients = dict(zip(back.results, backward(back, *given.values(), *values), strict=True))
     return (tuple(gradients.get(f"d{name}") for name in call.operands),)
 

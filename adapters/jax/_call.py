@@ -16,6 +16,8 @@ from cuflash.arrays import Signature
 from cuflash.errors import UnsupportedError
 from cuflash.plans import BackwardPlan, ForwardPlan
 
+# The axes of a bias and of a mask.
+DENSE_AXES = ("batch", "heads", "len", "kv_len")
 # The operands of the two passes, in the order in which they reach XLA. dlse and those after v may be absent.
 FORWARD = plans.INPUTS
 BACKWARD = ("dout", "out", "lse", "dlse", *FORWARD)
@@ -62,6 +64,9 @@ class Call:
     backward: bool
     operands: tuple[str, ...]  # those that are there, in the order of FORWARD or BACKWARD
     options: Options
+    # Of a bias and a mask, which have four axes here: those along which they are not broadcast.
+    bias_axes: tuple[str, ...] = ()
+    mask_axes: tuple[str, ...] = ()
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -85,7 +90,8 @@ def described(text: bytes | str) -> tuple[Call, tuple[tuple[tuple[int, ...], str
     options = call["options"]
     options["window_size"] = tuple(options["window_size"])
     shapes = tuple((tuple(shape), dtype) for shape, dtype in operands)
-    return Call(call["backward"], tuple(call["operands"]), Options(**options)), shapes
+    axes = tuple(call["bias_axes"]), tuple(call["mask_axes"])
+    return Call(call["backward"], tuple(call["operands"]), Options(**options), *axes), shapes
 
 
 def signature(name: str, shape: Sequence[Any], dtype: str, device: str = "cpu") -> Signature:

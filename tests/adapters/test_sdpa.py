@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-import cuflash
-
 torch = pytest.importorskip("torch")
 adapter = pytest.importorskip("cuflash.adapters.torch")
 sdpa = pytest.importorskip("cuflash.adapters.torch.sdpa")

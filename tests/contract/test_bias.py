@@ -67,11 +67,12 @@ def _cases() -> Iterator[Case]:
             yield Case(name=f"{dtype}-bias {name}", dtype=dtype, **fields)
 
 
+CASES = list(_cases())
 SIZES: dict[str, Any] = {"q_len": 33, "kv_len": 41, "heads": 4}
 OTHER_CASES = ({**SIZES, "mask": "full"}, {**SIZES, "bias": "full"}, {**SIZES, "bias": "full", "mask": "full"})
 
 
-@pytest.fixture(scope="module", params=[pytest.param(case, id=case.name) for case in _cases()])
+@pytest.fixture(scope="module", params=[pytest.param(case, id=case.name) for case in CASES])
 def prepared(request: pytest.FixtureRequest) -> Prepared:
     return prepare(request.param)
 
