@@ -6,6 +6,7 @@
 // TILE.split warps share rows of keys: each computes the same P^T and dS^T and keeps its slice of dK and dV.
 #include "backward_stage.cuh"
 #include "copy.cuh"
+#include "dense.cuh"
 
 constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
 constexpr int WARP_ROWS = TILE.cols / (TILE.warps / TILE.split);  // keys
@@ -22,6 +23,7 @@ KERNEL(backward_portable_dkv, TILE.blocks)(ARGUMENT(Params) p) {
     const unsigned int K_smem = shared_address(smem);
     const unsigned int V_smem = K_smem + K_BYTES;
     const unsigned int stages_smem = V_smem + V_BYTES;
+    const DenseTile dense{reinterpret_cast<float*>(smem + K_BYTES + V_BYTES + TILE.stages * STAGE_BYTES)};
 
     const Work work = find_work<TILE.cols, true>(p, blockIdx.x, p.kv_tiles, p.heads / p.group);
     if (!work.exists) return;
@@ -68,6 +70,8 @@ KERNEL(backward_portable_dkv, TILE.blocks)(ARGUMENT(Params) p) {
         const int head = work.head * p.group + step / tiles_a_head;
         const int q_first = (tiles.first + step % tiles_a_head) * TILE.rows;
 
+        if constexpr (DENSE) dense.load(p, sequence.batch, head, q_first, kv_first);
+
         // S^T = K Q^T and dP^T = V dO^T  [keys, queries]
         float S[M][N][4] = {}, dP[M][N][4] = {};
         multiply_nt<D>(S, K_smem + warp_row * row_pitch(D), Q_smem);
@@ -92,7 +96,8 @@ KERNEL(backward_portable_dkv, TILE.blocks)(ARGUMENT(Params) p) {
                         const int col = 8 * (n + half) + lane % 4 * 2 + r % 2;
                         const int kv_index = kv_first + warp_row + 16 * i + lane / 4 + r / 2 * 8;
                         differentiate(S[i][n + half][r], dP[i][n + half][r], scores, band, cut, q_first + col, kv_index,
-                                      exponent_reference(lse[col]), delta[col], dropped[half][r]);
+                                      exponent_reference(lse[col]), delta[col], dropped[half][r],
+                                      dense.addend(col, kv_index - kv_first));
                     }
                 }
             }

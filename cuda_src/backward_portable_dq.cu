@@ -1,9 +1,11 @@
 // Backward attention with mma.sync, dQ: one thread block a tile of queries of one head, looping over tiles of keys.
 // S and dP are computed again rather than passed on by the dK/dV kernel: two products more, but no workspace, no
 // atomics, and dS is an accumulator that becomes the left operand of dQ without leaving registers. TILE.split warps
-// share rows: each computes the same dS and keeps its slice of dQ.
+// share rows: each computes the same dS and keeps its slice of dQ. With a bias dS is also its gradient, and goes from
+// here to memory.
 #include "backward_stage.cuh"
 #include "copy.cuh"
+#include "dense.cuh"
 #include "key_value.cuh"
 
 constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
@@ -12,15 +14,15 @@ constexpr int M = WARP_ROWS / 16;
 constexpr int N = TILE.cols / 8;  // across S
 constexpr int SLICE = padded_dim(D) / TILE.split;
 constexpr int Q_BYTES = TILE.rows * row_pitch(D), DO_BYTES = TILE.rows * row_pitch(DV);
+constexpr int KV_BYTES = TILE.stages * TILE.cols * (row_pitch(D) + row_pitch(DV));
 
-KERNEL(backward_portable_dq, TILE.blocks)(ARGUMENT(Params) p) {
+__device__ __forceinline__ void differentiate_queries(const Params& p, const Work& work) {
     extern __shared__ __align__(16) unsigned char smem[];
     const unsigned int Q_smem = shared_address(smem);
     const unsigned int dO_smem = Q_smem + Q_BYTES;
     const unsigned int KV_smem = dO_smem + DO_BYTES;
+    const DenseTile dense{reinterpret_cast<float*>(smem + Q_BYTES + DO_BYTES + KV_BYTES)};
 
-    const Work work = find_work<TILE.rows, false>(p, blockIdx.x, p.q_tiles, p.heads);
-    if (!work.exists) return;
     const Sequence& sequence = work.sequence;
     const int head = work.head, kv_head = head / p.group;
     const int q_first = work.tile * TILE.rows;
@@ -58,12 +60,14 @@ KERNEL(backward_portable_dq, TILE.blocks)(ARGUMENT(Params) p) {
         const unsigned int K_smem = kv.K_smem(tile), V_smem = kv.V_smem(tile);
         const int kv_first = tile * TILE.cols;
 
+        if constexpr (DENSE) dense.load(p, sequence.batch, head, q_first, kv_first);
+
         // S = Q K^T and dP = dO V^T  [rows, cols]
         float S[M][N][4] = {}, dP[M][N][4] = {};
         multiply_nt<D>(S, Q_smem + warp_row * row_pitch(D), K_smem);
         multiply_nt<DV>(dP, dO_smem + warp_row * row_pitch(DV), V_smem);
 
-        // dS (in dP)
+        // dS times d S / d (scale q.k) (in dP), and with a bias dS (in its tile)
         const bool cut = band.cuts(q_first, TILE.rows, kv_first, TILE.cols);
 #pragma unroll
         for (int i = 0; i < M; ++i) {
@@ -79,10 +83,22 @@ KERNEL(backward_portable_dq, TILE.blocks)(ARGUMENT(Params) p) {
                     for (int r = 0; r < 4; ++r) {
                         const int q_index = q_first + warp_row + 16 * i + lane / 4 + r / 2 * 8;
                         const int kv_index = kv_first + 8 * (n + half) + lane % 4 * 2 + r % 2;
-                        differentiate(S[i][n + half][r], dP[i][n + half][r], scores, band, cut, q_index, kv_index,
-                                      reference[i][r / 2], delta[i][r / 2], dropped[half][r]);
+                        const float ds =
+                            differentiate(S[i][n + half][r], dP[i][n + half][r], scores, band, cut, q_index, kv_index,
+                                          reference[i][r / 2], delta[i][r / 2], dropped[half][r],
+                                          dense.addend(q_index - q_first, kv_index - kv_first));
+                        if constexpr (SPEC.bias) {
+                            if (first_col == 0) dense.gradient(q_index - q_first, kv_index - kv_first) = ds;
+                        }
                     }
                 }
+            }
+        }
+
+        if constexpr (SPEC.bias) {
+            if (wants_gradient(p)) {
+                __syncthreads();
+                dense.put_gradient(p, sequence.batch, head, q_first, kv_first);
             }
         }
 
@@ -91,11 +107,35 @@ KERNEL(backward_portable_dq, TILE.blocks)(ARGUMENT(Params) p) {
     }
     copy_async_commit();
     copy_async_wait<0>();
+    if constexpr (SPEC.bias) {
+        if (wants_gradient(p) && p.dbias_sum == nullptr) {  // keys of other tiles
+            clear_gradient(p, sequence.batch, head, q_first, q_rows, 0, min(tiles.first * TILE.cols, sequence.kv_len));
+            clear_gradient(p, sequence.batch, head, q_first, q_rows, tiles.last * TILE.cols, sequence.kv_len);
+        }
+    }
 
 #pragma unroll
     for (int i = 0; i < M; ++i) {
         const int row = warp_row + 16 * i;
         store_gradient<D>(p.dq, p.dq_float32, sequence.batch, q_row + row, head, q_rows - row, first_col, dQ[i],
                           p.scale, p.accumulate);
+    }
+}
+
+KERNEL(backward_portable_dq, TILE.blocks)(ARGUMENT(Params) p) {
+    if constexpr (ORDERED) {  // all tiles that add to the same elements of dbias, one after the other
+        const int heads = p.dbias.head_stride ? p.heads : 1, tiles = p.dbias.row_stride ? p.q_tiles : 1;
+        const int tile = blockIdx.x % tiles, head = blockIdx.x / tiles % heads, batch = blockIdx.x / tiles / heads;
+        for (int b = batch; b < (p.dbias.batch_stride ? batch + 1 : p.batch); ++b) {
+            for (int h = head; h < (p.dbias.head_stride ? head + 1 : p.heads); ++h) {
+                for (int t = tile; t < (p.dbias.row_stride ? tile + 1 : p.q_tiles); ++t) {
+                    __syncthreads();  // everyone is done with the shared memory
+                    differentiate_queries(p, Work{Sequence{b, b, 0, 0, p.q_len, p.kv_len}, h, t, true});
+                }
+            }
+        }
+    } else {
+        const Work work = find_work<TILE.rows, false>(p, blockIdx.x, p.q_tiles, p.heads);
+        if (work.exists) differentiate_queries(p, work);
     }
 }

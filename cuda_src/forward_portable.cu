@@ -3,6 +3,7 @@
 // S, P and O in registers. K and V tiles stream through a ring of TILE.stages buffers. TILE.split warps share rows:
 // each computes the same P and keeps its slice of O.
 #include "copy.cuh"
+#include "dense.cuh"
 #include "dropout.cuh"
 #include "key_value.cuh"
 #include "mask.cuh"
@@ -16,11 +17,13 @@ constexpr int N = TILE.cols / 8;   // and across S
 constexpr int SLICE = padded_dim(DV) / TILE.split;
 constexpr int N_OUT = SLICE / 8;  // and across a slice of O
 constexpr int Q_BYTES = TILE.rows * row_pitch(D);
+constexpr int KV_BYTES = TILE.stages * TILE.cols * (row_pitch(D) + row_pitch(DV));
 
 KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     extern __shared__ __align__(16) unsigned char smem[];
     const unsigned int Q_smem = shared_address(smem);
     const unsigned int KV_smem = Q_smem + Q_BYTES;
+    const DenseTile dense{reinterpret_cast<float*>(smem + Q_BYTES + KV_BYTES)};
 
     const Work work = find_work<TILE.rows, false>(p, blockIdx.x, p.q_tiles, p.heads);
     if (!work.exists) return;
@@ -54,11 +57,13 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
         const unsigned int K_smem = kv.K_smem(tile), V_smem = kv.V_smem(tile);
         const int kv_first = tile * TILE.cols;
 
+        if constexpr (DENSE) dense.load(p, sequence.batch, head, q_first, kv_first);
+
         // S = Q K^T  [rows, cols]
         float S[M][N][4] = {};
         multiply_nt<D>(S, Q_smem + warp_row * row_pitch(D), K_smem);
 
-        // Scale, softcap, ALiBi and mask; S is times UNIT from here on.
+        // Scale, softcap, ALiBi, bias and masks; S is times UNIT from here on.
         const bool cut = band.cuts(q_first, TILE.rows, kv_first, TILE.cols);
 #pragma unroll
         for (int i = 0; i < M; ++i) {
@@ -69,7 +74,8 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                     const int q_index = q_first + warp_row + 16 * i + lane / 4 + r / 2 * 8;
                     const int kv_index = kv_first + 8 * n + lane % 4 * 2 + r % 2;
                     float derivative;
-                    S[i][n][r] = scores.exponent(S[i][n][r], q_index, kv_index, derivative);
+                    S[i][n][r] = scores.exponent(S[i][n][r], q_index, kv_index, derivative,
+                                                 dense.addend(q_index - q_first, kv_index - kv_first));
                     if (cut && !band.allows(q_index, kv_index)) S[i][n][r] = MINUS_INFINITY;
                 }
             }

@@ -1,5 +1,6 @@
 // The run-time parameters of the portable kernels; cuflash/cuda/launch.py packs the same struct.
 #pragma once
+#include "spec.cuh"
 
 // A tensor [batch, len, heads, dim] with a contiguous last axis; packed tensors have batch stride 0.
 struct Tensor {
@@ -16,7 +17,17 @@ struct RowStatistic {
     long long head_stride;
 };
 
-struct Params {
+// An array [batch, heads, q_len, kv_len], every stride free: 0 along an axis of length 1, which broadcasts it.
+struct DenseArray {
+    void* data;
+    long long batch_stride;  // strides in elements
+    long long head_stride;
+    long long row_stride;
+    long long col_stride;
+};
+
+// What every call has.
+struct CommonParams {
     Tensor q, k, v, out;       // the forward's arrays
     Tensor dout, dq, dk, dv;   // the backward's, null in the forward
     RowStatistic lse;          // natural log of the softmax's denominator
@@ -55,3 +66,26 @@ struct Params {
     int dq_float32, dk_float32, dv_float32;  // the gradient is float32 (else the dtype of q),
     int accumulate;                          // the gradients are added to what is there
 };
+
+constexpr bool DENSE = SPEC.bias || SPEC.mask;  // scores have terms that are read from memory
+
+// What a call with a bias or a mask has besides. Without them it takes no bytes, and all is null.
+template <bool PRESENT>
+struct DenseParams {
+    static constexpr DenseArray bias{}, mask{}, dbias{};
+    static constexpr float* dbias_sum = nullptr;
+    static constexpr long long dbias_size = 0;
+    static constexpr int bias_float32 = 0;
+};
+
+template <>
+struct DenseParams<true> {
+    DenseArray bias;       // is added to the scores
+    DenseArray mask;       // bool: true where a query may attend
+    DenseArray dbias;      // gradient of the bias, contiguous, of its shape and dtype; may be null
+    float* dbias_sum;      // where the bias is broadcast: the sum that becomes dbias, zero before; else null
+    long long dbias_size;  // elements of dbias
+    int bias_float32;      // flag: bias and dbias are float32 (else the dtype of q)
+};
+
+struct Params : CommonParams, DenseParams<DENSE> {};

@@ -1,4 +1,5 @@
-// The score stage: from the product q.k to the exponent of 2, and its derivative. Softcap and ALiBi live here.
+// The score stage: from the product q.k to the exponent of 2, and its derivative. Softcap and ALiBi live here, and
+// bias and dense mask join.
 #pragma once
 #include "element.cuh"
 #include "params.cuh"
@@ -50,8 +51,9 @@ struct Scores {
         }
     }
 
-    // UNIT S from q.k; `derivative` becomes d S / d (scale q.k).
-    __device__ __forceinline__ float exponent(float product, int q_index, int kv_index, float& derivative) const {
+    // UNIT S from q.k; `derivative` becomes d S / d (scale q.k). `addend` is of the bias and the mask (dense.cuh).
+    __device__ __forceinline__ float exponent(float product, int q_index, int kv_index, float& derivative,
+                                              float addend = 0.0f) const {
         float s;
         if constexpr (SPEC.softcap) {  // c tanh(s / c)
             const float t = tanh_of(product * factor);
@@ -62,6 +64,7 @@ struct Scores {
             s = product * factor;
         }
         if constexpr (SPEC.alibi) s -= slope * fabsf(static_cast<float>(q_index + offset - kv_index));
+        if constexpr (DENSE) s = addend == MINUS_INFINITY ? addend : s + addend;  // -inf masks, whatever the score
         return s;
     }
 };

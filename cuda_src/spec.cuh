@@ -13,6 +13,8 @@ struct Spec {
     bool softcap;
     bool alibi;
     bool sinks;
+    bool bias;
+    bool mask;    // a dense boolean one
     bool packed;  // sequences are delimited by cu_seqlens
     bool dropout;
     bool deterministic;

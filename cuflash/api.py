@@ -70,8 +70,8 @@ def flash_attention(
     sinks : array [heads] or None
         A logit per head that joins the softmax's denominator; float32 or q's dtype.
     bias : array that broadcasts to [batch, heads, q_len, kv_len], or None
-        Is added to the scores, after softcap and ALiBi; float32 or q's dtype, any strides; -inf masks. NumPy backend
-        alone, no packed sequences.
+        Is added to the scores, after softcap and ALiBi; float32 or q's dtype, any strides; -inf masks. No packed
+        sequences.
     mask : bool array that broadcasts to [batch, heads, q_len, kv_len], or None
         Keep the pairs that are True, as far as causal and window_size keep them too. Where bias may be.
     cu_seqlens_q, cu_seqlens_k : int32 or int64 arrays [sequences + 1] or None
@@ -89,7 +89,7 @@ def flash_attention(
         inputs) [batch, heads, q_len], packed [heads, total_q], in either layout.
     deterministic : bool
         Bitwise the same results from the same inputs. (The forward always is, and so are the gradients of the NumPy
-        backend and of the portable kernels.)
+        backend and of the portable kernels, but for dbias where the bias is broadcast.)
     allow_tf32 : bool
         float32 products on a GPU with TF32's 10-bit mantissas; by default they have float32 accuracy (three TF32
         terms).
@@ -115,7 +115,6 @@ def flash_attention(
         What this GPU or build cannot do, and what to do instead.
     """
     if type(q) not in arrays.NATIVE and (adapter := _adapter(q)) is not None:
-        _refuse_dense(bias, mask, q)
         return adapter.flash_attention(
             q,
             k,
@@ -126,6 +125,8 @@ def flash_attention(
             softcap=softcap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
+            bias=bias,
+            mask=mask,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
             dropout_p=dropout_p,
@@ -137,12 +138,9 @@ def flash_attention(
             backend=backend,
         )
     check_flag("return_lse", return_lse)
-    inputs, signatures = _inputs(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
-    dense, dense_signatures = _dense(bias, mask)
-    options = (
-        *(causal, window_size, scale, softcap, dropout_p, seed is not None, deterministic, allow_tf32, layout, backend),
-        *dense_signatures,
-    )
+    inputs, signatures = _inputs(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, bias, mask)
+    seeded = seed is not None
+    options = (causal, window_size, scale, softcap, dropout_p, seeded, deterministic, allow_tf32, layout, backend)
     plan: ForwardPlan = plans.forward(*signatures, *options)
     seed = plans.checked_seed(seed)
     if plan.device >= 0:
@@ -153,7 +151,7 @@ def flash_attention(
     else:
         _check_values(plan, inputs)
         out, lse = (arrays.empty(result) for result in (plan.out, plan.lse))
-        problem, (q_, k_, v_), extras = _for_numpy(plan, inputs, dense, seed)
+        problem, (q_, k_, v_), extras = _for_numpy(plan, inputs, seed)
         numpy_backend.forward(problem, q_, k_, v_, _head_minor(plan, out), lse, extras)
     return (arrays.like(out, q), arrays.like(lse, q)) if return_lse else arrays.like(out, q)
 
@@ -222,7 +220,6 @@ def flash_attention_backward(
         in their dtypes. Rows that attend to nothing have zero gradients.
     """
     if type(q) not in arrays.NATIVE and (adapter := _adapter(q)) is not None:
-        _refuse_dense(bias, mask, q)
         return adapter.flash_attention_backward(
             dout,
             q,
@@ -236,6 +233,8 @@ def flash_attention_backward(
             softcap=softcap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
+            bias=bias,
+            mask=mask,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
             dropout_p=dropout_p,
@@ -252,18 +251,15 @@ def flash_attention_backward(
             memory=memory,
         )
     others = _operands(("dout", "out", "lse", "dlse", "dq", "dk", "dv"), (dout, out, lse, dlse, dq, dk, dv), 3)
-    inputs, signatures = _inputs(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
-    dense, dense_signatures = _dense(bias, mask)
-    options = (
-        *(causal, window_size, scale, softcap, dropout_p, seed is not None, deterministic, allow_tf32, layout, backend),
-        *dense_signatures,
-    )
+    inputs, signatures = _inputs(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, bias, mask)
+    seeded = seed is not None
+    options = (causal, window_size, scale, softcap, dropout_p, seeded, deterministic, allow_tf32, layout, backend)
     signatures = (*[None if array is None else arrays.signature(array) for array in others], *signatures)
-    plan: BackwardPlan = plans.backward(*signatures, accumulate, memory, *options)
+    plan: BackwardPlan = plans.backward(*signatures, accumulate, memory, True, *options)
     seed = plans.checked_seed(seed)
     dout_, out_, lse_, dlse_, *given = others
     operands = (dout_, out_, lse_, dlse_, *inputs)
-    check_overlap(dict(zip(("dq", "dk", "dv"), given, strict=True)), operands, dense)
+    check_overlap(dict(zip(("dq", "dk", "dv"), given, strict=True)), operands)
     if plan.device >= 0:
         targets = _cuda().backward(plan, operands, given, seed)
     elif plan.forward.backend == "cuda":
@@ -272,7 +268,7 @@ def flash_attention_backward(
     else:
         _check_values(plan.forward, inputs)
         targets = plans.targets(plan, given, arrays.empty)
-        problem, (q_, k_, v_), extras = _for_numpy(plan.forward, inputs, dense, seed)
+        problem, (q_, k_, v_), extras = _for_numpy(plan.forward, inputs, seed)
         dout_, out_, dq_, dk_, dv_ = (_head_minor(plan.forward, array) for array in (dout_, out_, *targets[:3]))
         dsinks, dbias = (dict(zip(plan.gradients, targets, strict=True)).get(name) for name in ("dsinks", "dbias"))
         if dbias is not None:
@@ -317,34 +313,31 @@ def _framework(name: str) -> Any:
 
 _framework("torch")  # now, where it is loaded: the first call may be one that is being compiled
 
-_DENSE = ("bias", "mask")
-
 
 def _inputs(
-    q: Any, k: Any, v: Any, alibi_slopes: Any, sinks: Any, cu_seqlens_q: Any, cu_seqlens_k: Any
+    q: Any,
+    k: Any,
+    v: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    bias: Any,
+    mask: Any,
 ) -> tuple[Sequence[Any], Sequence[Signature | None]]:
     """The inputs of a call as a backend takes them, and their signatures."""
     native = arrays.NATIVE
     alone = alibi_slopes is None and sinks is None and cu_seqlens_q is None and cu_seqlens_k is None
+    alone = alone and bias is None and mask is None
     if alone and type(q) in native and type(k) in native and type(v) in native:  # the usual call, at once
         signatures = (arrays.signature(q), arrays.signature(k), arrays.signature(v))
-        return (q, k, v, None, None, None, None), (*signatures, None, None, None, None)
-    inputs = _operands(plans.INPUTS, (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k), 3)
+        return (q, k, v, *_NO_OPTIONS), (*signatures, *_NO_OPTIONS)
+    given = (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, bias, mask)
+    inputs = _operands(plans.INPUTS, given, 3)
     return inputs, [None if array is None else arrays.signature(array) for array in inputs]
 
 
-def _dense(bias: Any, mask: Any) -> tuple[Sequence[Any], Sequence[Signature | None]]:
-    """bias and mask as a backend takes them, and what they add to the options of a plan: nothing if there are none."""
-    if bias is None and mask is None:
-        return (None, None), ()
-    found = _operands(_DENSE, (bias, mask), 0)
-    return found, [None if array is None else arrays.signature(array) for array in found]
-
-
-def _refuse_dense(bias: Any, mask: Any, q: Any) -> None:
-    for name, array in zip(_DENSE, (bias, mask), strict=True):
-        if array is not None:
-            raise UnsupportedError(f"{name}: got an array with q a {type(q).__name__}; allowed: None, or NumPy arrays")
+_NO_OPTIONS = (None,) * (len(plans.INPUTS) - 3)
 
 
 def _operands(names: Sequence[str], given: Sequence[Any], required: int) -> list[Any]:
@@ -393,14 +386,15 @@ def _head_minor(plan: ForwardPlan, array: Any) -> Any:
 
 
 def _for_numpy(
-    plan: ForwardPlan, inputs: Sequence[Any], dense: Sequence[Any], seed: int
+    plan: ForwardPlan, inputs: Sequence[Any], seed: int
 ) -> tuple[Problem, tuple[np.ndarray, np.ndarray, np.ndarray], Extras]:
     q, k, v = (_head_minor(plan, array) for array in inputs[:3])
-    bias, mask = (None if array is None else _four_axes(array) for array in dense)
+    extras = Extras(*inputs[3:])
+    bias, mask = (None if array is None else _four_axes(array) for array in (extras.bias, extras.mask))
     return (
         replace(plan.problem, seed=seed) if seed else plan.problem,
         (q, k, v),
-        Extras(*inputs[3:], bias=bias, mask=mask),
+        extras._replace(bias=bias, mask=mask),
     )
 
 
@@ -431,10 +425,10 @@ def _check_boundaries(name: str, cu_seqlens: np.ndarray, total: int) -> None:
         bad(name, f"last value {values[-1]}", allowed)
 
 
-def check_overlap(given: dict[str, Any], inputs: Sequence[Any], dense: Sequence[Any] = (None, None)) -> None:
-    """Gradients may share no memory with the inputs, with bias and mask (`dense`) nor with each other."""
-    names = ("dout", "out", "lse", "dlse", *plans.INPUTS, *_DENSE)
-    others = {name: array for name, array in zip(names, (*inputs, *dense), strict=True) if array is not None}
+def check_overlap(given: dict[str, Any], inputs: Sequence[Any]) -> None:
+    """Gradients may share no memory with the inputs nor with each other."""
+    names = ("dout", "out", "lse", "dlse", *plans.INPUTS)
+    others = {name: array for name, array in zip(names, inputs, strict=True) if array is not None}
     for name, array in given.items():
         if array is None:
             continue

@@ -24,7 +24,7 @@ from cuflash.spec import DTYPES, Problem, Spec
 if TYPE_CHECKING:
     from cuflash.cuda import launch
 
-INPUTS = ("q", "k", "v", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
+INPUTS = ("q", "k", "v", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "bias", "mask")
 _LAYOUTS = ("bshd", "bhsd")
 _BACKENDS = ("numpy", "cuda")
 MEMORY = ("fast", "lean")
@@ -59,15 +59,16 @@ class _Launched:
         return self._launches[aligned]
 
     def _layouts_and_ways(self) -> tuple[launch.Layouts, dict[str, bool]]:
+        arrays, how = self._arrays_and_ways()
+        layouts = {name: self._layout(name, array) for name, array in arrays.items() if array is not None}
+        return layouts, how
+
+    def _layout(self, name: str, array: Signature) -> Signature:
         from cuflash.cuda import launch
 
-        arrays, how = self._arrays_and_ways()
-        layouts = {
-            name: head_minor(array, self.head_major) if name in launch.TENSORS else array
-            for name, array in arrays.items()
-            if array is not None
-        }
-        return layouts, how
+        if name in launch.TENSORS:
+            return head_minor(array, self.head_major)
+        return four_axes(array) if name in launch.DENSE else array
 
     def _arrays_and_ways(self) -> tuple[dict[str, Signature | None], dict[str, bool]]:
         raise NotImplementedError
@@ -82,7 +83,6 @@ class ForwardPlan(_Launched):
     device: int  # that the arrays are on, of a GPU, else -1: with "cuda" they must be copied to one
     head_major: bool
     inputs: dict[str, Signature | None]  # by INPUTS
-    bias: Signature | None
     out: Signature
     lse: Signature
     _launches: dict[bool, launch.Plan] = field(default_factory=dict)
@@ -128,6 +128,13 @@ def head_minor(array: Signature, head_major: bool) -> Signature:
     return array._replace(shape=swapped(array.shape), strides=swapped(array.strides))
 
 
+def four_axes(array: Signature) -> Signature:
+    """A bias, a mask or a gradient of one as [batch, heads, q_len, kv_len], at stride 0 where it is broadcast."""
+    missing = 4 - len(array.shape)
+    strides = (0 if length == 1 else stride for length, stride in zip(array.shape, array.strides, strict=True))
+    return array._replace(shape=(1,) * missing + array.shape, strides=(0,) * missing + tuple(strides))
+
+
 # ---- validation --------------------------------------------------------------------------------------------------
 
 
@@ -167,6 +174,8 @@ def forward(
     sinks: Signature | None,
     cu_seqlens_q: Signature | None,
     cu_seqlens_k: Signature | None,
+    bias: Signature | None,
+    mask: Signature | None,
     causal: Any,
     window_size: Any,
     scale: Any,
@@ -177,8 +186,6 @@ def forward(
     allow_tf32: Any,
     layout: Any,
     backend: Any,
-    bias: Signature | None = None,
-    mask: Signature | None = None,
 ) -> ForwardPlan:
     """Validate a forward, whose arrays look like this; None for those that it does not have. All arguments are those of
     `cuflash.flash_attention`, but for `seeded`, whether there is a seed.
@@ -277,6 +284,8 @@ def forward(
             softcap=softcap is not None,
             alibi=alibi_slopes is not None,
             sinks=sinks is not None,
+            bias=bias is not None,
+            mask=mask is not None,
             packed=packed,
             dropout=dropout_p > 0,
             deterministic=bool(deterministic),
@@ -295,16 +304,18 @@ def forward(
     )
     statistic = (heads, q_len) if packed else (batch, heads, q_len)
     backend = _checked_backend(backend, q.device)
-    if backend == "cuda" and not (bias is None and mask is None):
+    if backend == "cuda" and q.device == "cpu" and not (bias is None and mask is None):
         name = "mask" if bias is None else "bias"
-        raise UnsupportedError(f"{name}: got an array with backend 'cuda'; allowed: None, or NumPy arrays on the CPU")
+        raise UnsupportedError(
+            f"{name}: got an array in the CPU's memory with backend 'cuda'; allowed: None there, arrays on the GPU, or "
+            "backend='numpy'"
+        )
     return ForwardPlan(
         problem=problem,
         backend=backend,
         device=-1 if q.device == "cpu" else int(q.device.removeprefix("cuda:")),
         head_major=head_major,
-        inputs=dict(zip(INPUTS, (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k), strict=True)),
-        bias=bias,
+        inputs=dict(zip(INPUTS, (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, bias, mask), strict=True)),
         out=contiguous(q._replace(shape=(*q.shape[:-1], head_dim_v))),
         lse=contiguous(q._replace(shape=statistic, dtype="float64" if q.dtype == "float64" else "float32")),
     )
@@ -326,12 +337,16 @@ def backward(
     sinks: Signature | None,
     cu_seqlens_q: Signature | None,
     cu_seqlens_k: Signature | None,
+    bias: Signature | None,
+    mask: Signature | None,
     accumulate: Any,
     memory: Any,
+    with_dbias: bool,
     *options: Any,
 ) -> BackwardPlan:
-    """Validate a backward: arguments as of `cuflash.flash_attention_backward`, then the options of `forward`."""
-    plan = forward(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, *options)
+    """Validate a backward: arguments as of `cuflash.flash_attention_backward`, whether a bias shall have a dbias, then
+    the options of `forward`."""
+    plan = forward(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, bias, mask, *options)
     for name, array, expected in (("dout", dout, plan.out), ("out", out, plan.out), ("lse", lse, plan.lse)):
         _check_like(name, array, expected, (expected.dtype,))
     if dlse is not None:
@@ -348,11 +363,10 @@ def backward(
         elif accumulate:
             bad(name, "None with accumulate=True", "dq, dk and dv, all three given")
         gradients[name] = contiguous(like) if given is None else given
-    sinks = plan.inputs["sinks"]
     if sinks is not None:
         gradients["dsinks"] = contiguous(sinks)
-    if plan.bias is not None:
-        gradients["dbias"] = contiguous(plan.bias)
+    if bias is not None and with_dbias:
+        gradients["dbias"] = contiguous(bias)
     return BackwardPlan(
         forward=plan,
         problem=plan.problem,

@@ -41,6 +41,8 @@ class Spec:
     softcap: bool = False
     alibi: bool = False
     sinks: bool = False
+    bias: bool = False
+    mask: bool = False  # a dense boolean one
     packed: bool = False  # sequences are delimited by cu_seqlens
     dropout: bool = False
     deterministic: bool = False

@@ -72,6 +72,29 @@ _PORTABLE = {
 }
 # 32 rows a warp instead of 16 halve the reads of K and V; the registers suffice where the score stage is short.
 _PLAIN = {("forward_portable", 2, 64): (128, 64, 2, 4, 1, 1)}
+# With a bias or a mask a tile of it takes shared memory, and the score stage registers: in place of those above.
+_WITH_DENSE = {
+    ("forward_portable", 2, 128): ((64, 64, 2, 4, 1, 1), (64, 32, 2, 4, 1, 1), (64, 32, 1, 4, 1, 1)),
+    ("forward_portable", 2, 192): ((128, 32, 1, 8, 1, 1), (64, 32, 1, 4, 1, 1)),
+    ("forward_portable", 2, 256): ((64, 32, 1, 8, 2, 1), (32, 32, 1, 4, 2, 1)),
+    ("forward_portable", 4, 192): ((64, 16, 1, 8, 2, 1), (32, 16, 1, 4, 2, 1)),
+    ("forward_portable", 4, 256): ((64, 16, 1, 8, 2, 1), (32, 16, 1, 4, 2, 1)),
+    ("backward_portable_dkv", 2, 64): ((64, 64, 2, 4, 1, 1), (32, 64, 1, 4, 1, 1)),
+    ("backward_portable_dkv", 4, 64): ((16, 64, 2, 4, 1, 1),),
+    ("backward_portable_dkv", 4, 128): ((16, 64, 2, 8, 2, 1), (16, 64, 1, 8, 2, 1)),
+    ("backward_portable_dkv", 4, 256): ((16, 32, 1, 8, 4, 1), (16, 16, 1, 4, 4, 1)),
+    ("backward_portable_dq", 2, 64): ((64, 32, 2, 4, 1, 1), (64, 32, 1, 4, 1, 1)),
+    ("backward_portable_dq", 2, 128): ((64, 32, 2, 4, 1, 1), (64, 32, 1, 4, 1, 1)),
+    ("backward_portable_dq", 2, 192): ((64, 32, 1, 8, 2, 1), (32, 32, 1, 4, 2, 1), (32, 16, 1, 8, 4, 1)),
+    ("backward_portable_dq", 2, 256): (
+        *((64, 32, 1, 8, 2, 1), (32, 32, 1, 4, 2, 1), (32, 16, 1, 4, 2, 1)),
+        (32, 16, 1, 8, 4, 1),
+    ),
+    ("backward_portable_dq", 4, 64): ((64, 16, 2, 4, 1, 1),),
+    ("backward_portable_dq", 4, 128): ((64, 16, 2, 8, 2, 1), (64, 16, 1, 8, 2, 1), (32, 16, 1, 8, 4, 1)),
+    ("backward_portable_dq", 4, 192): ((32, 16, 1, 8, 4, 1), (16, 16, 1, 4, 4, 1)),
+    ("backward_portable_dq", 4, 256): ((32, 16, 1, 8, 4, 1), (16, 16, 1, 8, 8, 1)),
+}
 # Tiles of the Hopper forward: a producer warpgroup and one for every 64 rows. Its head dimensions are padded to whole
 # panels of 64 columns. Registers decide the keys a tile, here by padded head_dim_v, with two sets of P and for a long
 # score stage: of 240 a lane keeps cols / 2 of S, cols / 4 of each set of P and head_dim_v / 2 of O.
@@ -95,18 +118,33 @@ _HOPPER_BACKWARD = {
         256: (128, 64, 2, 12),
     },
 }
-# Kernels of which there is one tile: tokens with all their heads, the rows of a head in turn, a piece of dQ.
+# Kernels of which there is one tile: tokens with all their heads, the rows of a head in turn, a piece of dQ, an element
+# of dbias a thread.
 _FIXED = {
     "backward_prepare": Tile(rows=4, cols=1, warps=8),
     "backward_sinks": Tile(rows=1, cols=1, warps=8),
     "backward_finish": Tile(rows=64, cols=64, warps=4),
+    "backward_bias": Tile(rows=1, cols=1, warps=8),
 }
 _LIST_WARPS = 32  # of the kernels that list tasks
+_DENSE = ("bias", "mask")
 _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, head_dim_v and packed
-    "forward_portable": ("bounded_left", "bounded_right", "softcap", "alibi", "sinks", "dropout", "allow_tf32"),
+    "forward_portable": (
+        "bounded_left",
+        "bounded_right",
+        "softcap",
+        "alibi",
+        "sinks",
+        "dropout",
+        "allow_tf32",
+        *_DENSE,
+    ),
     "forward_hopper": ("bounded_left", "bounded_right", "softcap", "alibi", "sinks", "dropout"),
-    "backward_portable_dkv": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "allow_tf32"),
-    "backward_portable_dq": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "allow_tf32"),
+    "backward_portable_dkv": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "allow_tf32", *_DENSE),
+    "backward_portable_dq": (
+        *("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "deterministic", "allow_tf32"),
+        *_DENSE,
+    ),
     "backward_hopper": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "deterministic", "lean"),
     "backward_hopper_wide": ("bounded_left", "bounded_right", "alibi"),
     "backward_hopper_dq": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout"),
@@ -115,6 +153,7 @@ _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, h
     "backward_prepare": (),
     "backward_finish": (),
     "backward_sinks": ("sinks",),
+    "backward_bias": ("bias",),
 }
 
 
@@ -123,6 +162,8 @@ def kernel_spec(kernel: str, spec: Spec) -> Spec:
     relevant = {name: getattr(spec, name) for name in _RELEVANT[kernel]}
     if kernel in ("backward_hopper", "backward_list") and _dq_alone(spec):
         relevant |= {"lean": True, "deterministic": False}  # nothing is atomic then
+    if kernel == "backward_portable_dq" and not spec.bias:
+        relevant["deterministic"] = False  # it always is
     return Spec(dtype=spec.dtype, head_dim=spec.head_dim, head_dim_v=spec.head_dim_v, packed=spec.packed, **relevant)
 
 
@@ -145,7 +186,8 @@ def kernels_of(spec: Spec, *, backward: bool, hopper: bool = False) -> tuple[str
         return ("forward_list", "forward_hopper") if spec.packed else ("forward_hopper",)
     first = ("backward_prepare", "backward_sinks") if spec.sinks else ("backward_prepare",)
     if not hopper:
-        return (*first, "backward_portable_dkv", "backward_portable_dq")
+        last = ("backward_bias",) if spec.bias else ()  # where the bias is broadcast
+        return (*first, "backward_portable_dkv", "backward_portable_dq", *last)
     if spec.packed:
         first += ("backward_list",)
     return (*first, _of_keys(spec), "backward_hopper_dq" if _dq_alone(spec) else "backward_finish")
@@ -154,7 +196,7 @@ def kernels_of(spec: Spec, *, backward: bool, hopper: bool = False) -> tuple[str
 def has_hopper(spec: Spec, *, backward: bool) -> bool:
     """Whether the Hopper kernels serve a call on sm_90a, as far as the Spec decides."""
     dims = (spec.head_dim, spec.head_dim_v)
-    if spec.dtype not in ("float16", "bfloat16"):
+    if spec.dtype not in ("float16", "bfloat16") or spec.bias or spec.mask:
         return False
     if any(dim % 8 or _whole_panels(dim) not in _HOPPER_FORWARD_COLS for dim in dims):
         return False
@@ -183,7 +225,7 @@ def _whole_panels(dim: int) -> int:
 
 
 def _long_score_stage(spec: Spec) -> bool:
-    return spec.softcap or spec.alibi or spec.dropout
+    return spec.softcap or spec.alibi or spec.dropout or spec.bias or spec.mask
 
 
 def _hopper_forward_tile(spec: Spec, vector: int) -> Tile:
@@ -235,6 +277,10 @@ def _portable_tile(kernel: str, spec: Spec, path: int, vector: int, shared_limit
     table = _PORTABLE[kernel, element_bytes]
     reach = next(dim for dim in table if max(spec.head_dim, spec.head_dim_v) <= dim)
     candidates = table[reach]
+    if spec.bias or spec.mask:
+        candidates = _WITH_DENSE.get((kernel, element_bytes, reach), candidates)
+        if spec.deterministic:  # the loop over all that is summed in order takes registers too
+            candidates = candidates[-1:]
     limit = SHARED_MEMORY.get(path, min(SHARED_MEMORY.values()))
     if shared_limit is not None:
         limit = min(limit, shared_limit)
@@ -280,11 +326,12 @@ def shared_bytes(kernel: str, spec: Spec, tile: Tile) -> int:
         step = 16 * tile.split
         return -(-dim // step) * step * element_bytes + 16
 
+    dense = 4 * tile.rows * (tile.cols + 4) if spec.bias or spec.mask else 0  # DENSE_BYTES of cuda_src/dense.cuh
     q_row, kv_row = pitch(spec.head_dim), pitch(spec.head_dim) + pitch(spec.head_dim_v)
     if kernel == "forward_portable":
-        return tile.rows * q_row + tile.stages * tile.cols * kv_row
+        return tile.rows * q_row + tile.stages * tile.cols * kv_row + dense
     if kernel == "backward_portable_dkv":
-        return tile.cols * kv_row + tile.stages * tile.rows * (kv_row + 8)  # 8: LSE and D
+        return tile.cols * kv_row + tile.stages * tile.rows * (kv_row + 8) + dense  # 8: LSE and D
     if kernel == "backward_portable_dq":
-        return tile.rows * kv_row + tile.stages * tile.cols * kv_row
+        return tile.rows * kv_row + tile.stages * tile.cols * kv_row + dense * (2 if tile.split > 1 else 1)
     return 0

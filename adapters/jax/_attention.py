@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
-from cuflash.adapters.jax._call import BACKWARD, FORWARD, Call, Options, plan_of, signature
+from cuflash.adapters.jax._call import BACKWARD, DENSE_AXES, FORWARD, Call, Options, plan_of, signature
 from cuflash.adapters.jax._primitives import backward, forward
 from cuflash.arrays import Signature
 from cuflash.errors import UnsupportedError
@@ -33,6 +33,8 @@ def flash_attention(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    bias: Any = None,
+    mask: Any = None,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
     dropout_p: float = 0.0,
@@ -48,12 +50,12 @@ def flash_attention(
 
     Works under jit, grad, vmap, scan, while_loop, cond, checkpoint, shard_map and export, and on sharded arrays, where
     each device attends to its part of the batch and the heads. Differentiable once, in reverse mode, with respect to
-    q, k, v and sinks, also through a returned LSE. A checkpoint policy can keep what the backward needs by the names
-    "cuflash_out" and "cuflash_lse".
+    q, k, v, sinks and bias, also through a returned LSE. A checkpoint policy can keep what the backward needs by the
+    names "cuflash_out" and "cuflash_lse".
 
     Parameters
     ----------
-    q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k : JAX or NumPy arrays
+    q, k, v, alibi_slopes, sinks, bias, mask, cu_seqlens_q, cu_seqlens_k : JAX or NumPy arrays
         As for `cuflash.flash_attention`. There is no gradient with respect to alibi_slopes: asking for it raises.
     memory : "fast" or "lean"
         The workspace of the backward, as for `cuflash.flash_attention_backward`.
@@ -82,7 +84,7 @@ def flash_attention(
         backend=backend,
         memory=memory,
     )
-    arrays = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    arrays = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, "sinks": sinks, "bias": bias, "mask": mask}
     arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     results: Any = _attention(*_checked(arrays, options))
     return results if return_lse else results[0]
@@ -102,6 +104,8 @@ def flash_attention_backward(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    bias: Any = None,
+    mask: Any = None,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
     dropout_p: float = 0.0,
@@ -142,15 +146,16 @@ def flash_attention_backward(
     if accumulate:
         bad("accumulate", "True", "False: add the returned gradients to yours")
     arrays = {"dout": dout, "out": out, "lse": lse, "dlse": dlse, "q": q, "k": k, "v": v}
-    arrays |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
+    arrays |= {"alibi_slopes": alibi_slopes, "sinks": sinks, "bias": bias, "mask": mask}
     arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     call, operands = _checked(arrays, options)
-    return backward(call, *operands)
+    gradients = backward(call, *operands)
+    return gradients if bias is None else (*gradients[:-1], gradients[-1].reshape(bias.shape))
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------
 
-_OPTIONAL = {"dlse", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k"}
+_OPTIONAL = {"dlse", *FORWARD[3:]}
 
 
 def _checked(arrays: dict[str, Any], options: Options) -> tuple[Call, tuple[jax.Array, ...]]:
@@ -167,9 +172,17 @@ def _checked(arrays: dict[str, Any], options: Options) -> tuple[Call, tuple[jax.
         if array.dtype.name != signatures[name].dtype:
             allowed = f"{array.dtype.name}, or 64-bit types switched on (jax_enable_x64)"
             bad(name, f"dtype {signatures[name].dtype}", allowed, TypeError)
+    lengths = dict(
+        zip(("batch", "len", "heads") if options.layout == "bshd" else DENSE_AXES, given["q"].shape, strict=False)
+    )
+    lengths["kv_len"] = given["k"].shape[1 if options.layout == "bshd" else 2]
+    axes: dict[str, tuple[str, ...]] = {"bias": (), "mask": ()}
+    for name in axes.keys() & given.keys():  # packed sequences have none
+        array = given[name] = given[name].reshape((1,) * (4 - given[name].ndim) + given[name].shape)
+        axes[name] = tuple(axis for axis, n in zip(DENSE_AXES, array.shape, strict=True) if n == lengths[axis])
     order = BACKWARD if "dout" in given else FORWARD
     operands = tuple(name for name in order if name in given)
-    call = Call("dout" in given, operands, options.plain())
+    call = Call("dout" in given, operands, options.plain(), axes["bias"], axes["mask"])
     return call, _varying_alike([given[name] for name in operands])
 
 
@@ -217,9 +230,9 @@ def _attention_backward(call: Call, residuals: Any, cotangents: Any) -> tuple[An
     given = {"dout": jnp.zeros_like(out) if isinstance(dout, SymbolicZero) else dout, "out": out, "lse": lse}
     if not isinstance(dlse, SymbolicZero):
         given["dlse"] = dlse
-    gradients = backward(Call(True, (*given, *call.operands), call.options), *given.values(), *values)
-    by_operand = dict(zip(("q", "k", "v", "sinks"), gradients, strict=False))
-    return (tuple(by_operand.get(name) for name in call.operands),)
+    back = replace(call, backward=True, operands=(*given, *call.operands))
+    gradients = dict(zip(back.results, backward(back, *given.values(), *values), strict=True))
+    return (tuple(gradients.get(f"d{name}") for name in call.operands),)
 
 
 _attention.defvjp(_attention_forward, _attention_backward, symbolic_zeros=True)

@@ -16,6 +16,8 @@ from cuflash.arrays import Signature
 from cuflash.errors import UnsupportedError
 from cuflash.plans import BackwardPlan, ForwardPlan
 
+# The axes of a bias and of a mask.
+DENSE_AXES = ("batch", "heads", "len", "kv_len")
 # The operands of the two passes, in the order in which they reach XLA. dlse and those after v may be absent.
 FORWARD = plans.INPUTS
 BACKWARD = ("dout", "out", "lse", "dlse", *FORWARD)
@@ -62,12 +64,15 @@ class Call:
     backward: bool
     operands: tuple[str, ...]  # those that are there, in the order of FORWARD or BACKWARD
     options: Options
+    # Of a bias and a mask, which have four axes here: those along which they are not broadcast.
+    bias_axes: tuple[str, ...] = ()
+    mask_axes: tuple[str, ...] = ()
 
     @property
     def results(self) -> tuple[str, ...]:
         if not self.backward:
             return ("out", "lse")
-        return ("dq", "dk", "dv", "dsinks") if "sinks" in self.operands else ("dq", "dk", "dv")
+        return ("dq", "dk", "dv", *(f"d{name}" for name in ("sinks", "bias") if name in self.operands))
 
     @property
     def packed(self) -> bool:
@@ -85,7 +90,8 @@ def described(text: bytes | str) -> tuple[Call, tuple[tuple[tuple[int, ...], str
     options = call["options"]
     options["window_size"] = tuple(options["window_size"])
     shapes = tuple((tuple(shape), dtype) for shape, dtype in operands)
-    return Call(call["backward"], tuple(call["operands"]), Options(**options)), shapes
+    axes = tuple(call["bias_axes"]), tuple(call["mask_axes"])
+    return Call(call["backward"], tuple(call["operands"]), Options(**options), *axes), shapes
 
 
 def signature(name: str, shape: Sequence[Any], dtype: str, device: str = "cpu") -> Signature:
@@ -106,7 +112,7 @@ def plan_of(arrays: Mapping[str, Signature], options: Options) -> ForwardPlan | 
     inputs = [arrays.get(name) for name in FORWARD]
     if "dout" in arrays:
         others = [arrays.get(name) for name in ("dout", "out", "lse", "dlse", "dq", "dk", "dv")]
-        plan = plans.backward(*others, *inputs, False, options.memory, *values)
+        plan = plans.backward(*others, *inputs, False, options.memory, True, *values)
     else:
         plan = plans.forward(*inputs, *values)
         if options.memory not in plans.MEMORY:

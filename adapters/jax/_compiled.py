@@ -23,14 +23,14 @@ from cuflash.adapters.jax import _gpu, _kernel_call
 from cuflash.adapters.jax._call import Call, plan_of, signature
 from cuflash.arrays import Signature
 from cuflash.cuda import jit, tensor_map, toolchain
-from cuflash.cuda.flat import NUMBERS, Flat, flat
+from cuflash.cuda.flat import Flat, flat
 from cuflash.cuda.launch import TENSORS, ZEROED, Machine, Step, machine
 from cuflash.errors import UnsupportedError
 
 _OLDEST = (0, 11, 2)  # the first jaxlib whose kernel calls take tensor maps
 _UNKNOWN = (0, 12)  # the first that was not tried
 
-_DTYPES = {"delta": jnp.float32, "dq_sum": jnp.float32, "dq_turns": jnp.int32, "tickets": jnp.int32, "tasks": jnp.int32}
+_DTYPES = {"dq_turns": jnp.int32, "tickets": jnp.int32, "tasks": jnp.int32}  # of the workspace; the others are float32
 
 
 class Gpu(NamedTuple):
@@ -97,7 +97,9 @@ def launch(call: Call, found: Gpu, types: Sequence[Any], *arrays: jax.Array) -> 
     result_types = dict(zip(call.results, types, strict=True))
     sharding = types[0].sharding.update(spec=PartitionSpec(None))
     for name, size in steps.workspace.items():
-        result_types[name] = types[0].update(shape=(size // 4,), dtype=jnp.dtype(_DTYPES[name]), sharding=sharding)
+        result_types[name] = types[0].update(
+            shape=(size // 4,), dtype=jnp.dtype(_DTYPES.get(name, jnp.float32)), sharding=sharding
+        )
 
     buffers = dict(zip(call.operands, arrays, strict=True))
     for step, entry, cubin in zip(steps.launches, entries, _cubins(steps.launches, entries, found), strict=True):
@@ -146,7 +148,7 @@ def _arguments(
             zeroed = workspace[name] if name in ZEROED and name in entry.writes else 0
             arguments.append(_kernel_call.pointer(divisor=16 if name in TENSORS else 0, zeroed=zeroed))
     values = step.values | {"seed": seed}
-    return arguments + [_kernel_call.number(code, values[name]) for name, code in NUMBERS]
+    return arguments + [_kernel_call.number(code, values[name]) for name, code in entry.numbers]
 
 
 def _empty(like: Any) -> jax.Array:

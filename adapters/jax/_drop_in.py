@@ -12,17 +12,13 @@ from cuflash.adapters.jax._attention import flash_attention
 from cuflash.errors import UnsupportedError
 from cuflash.plans import bad
 
-_NO_ARRAY = (
-    "None: dense ones are not supported; use is_causal, local_window_size, the sequence lengths or flash_attention"
-)
-
 
 def dot_product_attention(
     query: Any,
     key: Any,
     value: Any,
-    bias: None = None,
-    mask: None = None,
+    bias: Any = None,
+    mask: Any = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
@@ -41,8 +37,8 @@ def dot_product_attention(
     query : array [batch, q_len, heads, head_dim] or [q_len, heads, head_dim]
     key, value : arrays [batch, kv_len, kv_heads, head_dim], or without batch like query
         query's dtype; kv_heads divides heads.
-    bias, mask : None
-        Dense ones raise UnsupportedError.
+    bias, mask : arrays that broadcast to [batch, heads, q_len, kv_len] or None
+        Added to the scores, and bool: True may attend. They skip no work, and take the portable kernels.
     scale : float or None
         Factor of the scores; None is 1 / sqrt(head_dim).
     is_causal : bool
@@ -68,8 +64,6 @@ def dot_product_attention(
     TypeError, ValueError, UnsupportedError
         As for `flash_attention`.
     """
-    _check_no_array("bias", bias)
-    _check_no_array("mask", mask)
     if implementation is not None:
         bad("implementation", repr(implementation), "None")
     query, key, value = (_ranked(*pair) for pair in (("query", query), ("key", key), ("value", value)))
@@ -78,7 +72,13 @@ def dot_product_attention(
         query, key, value = query[None], key[None], value[None]
     bounds = _bounds(is_causal, local_window_size)
     options = {"scale": scale, "softcap": softcap, "sinks": sinks}
-    if query_seq_lengths is None and key_value_seq_lengths is None:
+    dense = _dense(bias, mask, query.dtype, query.shape[:1])
+    if bias is not None or mask is not None:  # packed sequences have none
+        batch, q_len, kv_len = *query.shape[:2], key.shape[1]
+        mask = _within(dense["mask"], query_seq_lengths, "query_seq_lengths", q_len, batch, queries=True)
+        mask = _within(mask, key_value_seq_lengths, "key_value_seq_lengths", kv_len, batch, queries=False)
+        out, lse = _top_left(query, key, value, bounds, options | {"bias": dense["bias"], "mask": mask})
+    elif query_seq_lengths is None and key_value_seq_lengths is None:
         out, lse = _top_left(query, key, value, bounds, options)
     else:
         out, lse = _padded(query, key, value, query_seq_lengths, key_value_seq_lengths, bounds, options)
@@ -92,8 +92,8 @@ def attention_fn(
     query: Any,
     key: Any,
     value: Any,
-    bias: None = None,
-    mask: None = None,
+    bias: Any = None,
+    mask: Any = None,
     broadcast_dropout: bool = True,
     dropout_rng: Any = None,
     dropout_rate: float = 0.0,
@@ -110,15 +110,19 @@ def attention_fn(
 ) -> Any:
     """The `attention_fn` of Flax's attention modules, of linen and of nnx.
 
-    Give masks as options, with functools.partial where the module does not pass them on:
+    Give causal masks and windows as options, which skip work, with functools.partial where the module does not pass
+    them on:
     `nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=partial(attention_fn, is_causal=True))`.
 
     Parameters
     ----------
     query, key, value : arrays [..., len, heads, head_dim]
         Any number of batch axes, the same for all three.
-    bias, mask, precision, module : None
-        Dense biases and masks, another precision and sown attention weights raise.
+    bias, mask : arrays that broadcast to [..., heads, q_len, kv_len] or None
+        Added to the scores; and what is not 0 or False in a mask may attend. They skip no work, and take the portable
+        kernels.
+    precision, module : None
+        Another precision and sown attention weights raise.
     dropout_rng, dropout_rate, deterministic, broadcast_dropout
         Dropout is not supported: the key is known only at run time, where cuflash takes a seed that is known while
         tracing. A dropout_rate above 0 without `deterministic` raises.
@@ -131,8 +135,6 @@ def attention_fn(
     -------
     out : array of query's shape with value's head_dim
     """
-    _check_no_array("bias", bias)
-    _check_no_array("mask", mask)
     if precision is not None:
         bad("precision", repr(precision), "None")
     if module is not None:
@@ -144,7 +146,8 @@ def attention_fn(
     *batch, q_len, heads, _ = query.shape
     query, key, value = (x.astype(dtype or x.dtype).reshape(-1, *x.shape[x.ndim - 3 :]) for x in (query, key, value))
     bounds = _bounds(is_causal, local_window_size)
-    out, _ = _top_left(query, key, value, bounds, {"scale": scale, "softcap": softcap, "sinks": sinks})
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks} | _dense(bias, mask, query.dtype, batch)
+    out, _ = _top_left(query, key, value, bounds, options)
     return out.reshape(*batch, q_len, heads, out.shape[-1])
 
 
@@ -178,9 +181,50 @@ def segment_boundaries(segment_ids: Any, *, max_segments: int) -> jax.Array:
 # ---- what they share ---------------------------------------------------------------------------------------------
 
 
-def _check_no_array(name: str, array: Any) -> None:
-    if array is not None:
-        raise UnsupportedError(f"{name}: got {type(array).__name__}; allowed: {_NO_ARRAY}")
+def _dense(bias: Any, mask: Any, dtype: Any, batch: Sequence[int]) -> dict[str, Any]:
+    """A bias and a mask with one batch axis, the bias in a dtype that `flash_attention` takes beside this one."""
+    dense = {"bias": bias, "mask": mask}
+    for name, array in dense.items():
+        if array is None:
+            continue
+        array = jnp.asarray(array)
+        wanted = bool if name == "mask" else array.dtype if array.dtype == dtype else jnp.float32
+        if len(batch) != 1 and array.ndim > 3:
+            try:
+                array = jnp.broadcast_to(array, (*batch, *array.shape[array.ndim - 3 :]))
+            except ValueError:
+                bad(name, f"shape {array.shape}", f"one that broadcasts to [{batch}, heads, q_len, kv_len]")
+            array = array.reshape(-1, *array.shape[array.ndim - 3 :])
+        dense[name] = array.astype(wanted)
+    return dense
+
+
+def _kept(name: str, array: Any, whole: tuple[int, int], kept: tuple[int, int]) -> Any:
+    """A bias or a mask of the first queries and keys alone."""
+    if array is None:
+        return None
+    lengths = array.shape[-2:]
+    expected = whole[2 - len(lengths) :]
+    if any(length not in (1, n) for length, n in zip(lengths, expected, strict=True)):
+        bad(name, f"shape {array.shape}", f"one that broadcasts to [batch, heads, {whole[0]}, {whole[1]}]")
+    parts = (slice(n if length > 1 else None) for length, n in zip(lengths, kept[2 - len(lengths) :], strict=True))
+    return array[(..., *parts)]
+
+
+def _within(mask: Any, lengths: Any, name: str, total: int, batch: int, *, queries: bool) -> Any:
+    """The mask without what is padding."""
+    if lengths is None:
+        return mask
+    inside = jnp.arange(total) < _checked_lengths(lengths, name, batch)[:, None]
+    inside = inside[:, None, :, None] if queries else inside[:, None, None, :]
+    return inside if mask is None else inside & mask
+
+
+def _checked_lengths(lengths: Any, name: str, batch: int) -> jax.Array:
+    lengths = jnp.asarray(lengths)
+    if lengths.shape != (batch,) or lengths.dtype != jnp.int32:
+        bad(name, f"shape {lengths.shape}, dtype {lengths.dtype}", f"int32 [{batch}]")
+    return lengths
 
 
 def _ranked(name: str, array: Any) -> jax.Array:
@@ -215,6 +259,8 @@ def _top_left(
     kept_keys = kv_len if right is None else min(kv_len, q_len + right)
     kept_queries = q_len if left is None else min(q_len, kept_keys + left)
     shift = kept_keys - kept_queries
+    kept = kept_queries, kept_keys
+    options = options | {name: _kept(name, options.get(name), (q_len, kv_len), kept) for name in ("bias", "mask")}
     out, lse = flash_attention(
         query[:, :kept_queries],
         key[:, :kept_keys],
@@ -254,9 +300,7 @@ def _padded(
         )
 
     def boundaries(lengths: Any, name: str, total: int, *, queries: bool) -> jax.Array:
-        lengths = jnp.full(batch, total, jnp.int32) if lengths is None else jnp.asarray(lengths)
-        if lengths.shape != (batch,) or lengths.dtype != jnp.int32:
-            bad(name, f"shape {lengths.shape}, dtype {lengths.dtype}", f"int32 [{batch}]")
+        lengths = _checked_lengths(jnp.full(batch, total, jnp.int32) if lengths is None else lengths, name, batch)
         starts = total * jnp.arange(batch, dtype=jnp.int32)
         ends = starts + jnp.clip(lengths, 0, total)
         padded = starts + total

@@ -31,7 +31,15 @@ _METADATA = 1  # XLA_FFI_Extension_Metadata
 _COMMAND_BUFFER_COMPATIBLE = 1  # XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE
 _EXECUTE = 3  # XLA_FFI_ExecutionStage_EXECUTE
 _INVALID_ARGUMENT, _INTERNAL = 3, 13  # XLA_FFI_Error_Code
-_DTYPES = {4: "int32", 5: "int64", 10: "float16", 11: "float32", 12: "float64", 16: "bfloat16"}  # XLA_FFI_DataType
+_DTYPES = {
+    1: "bool",
+    4: "int32",
+    5: "int64",
+    10: "float16",
+    11: "float32",
+    12: "float64",
+    16: "bfloat16",
+}  # XLA_FFI_DataType
 
 
 class _ApiVersion(ctypes.Structure):
@@ -231,7 +239,7 @@ def run_on_cpu(text: bytes, operands: Sequence[Block], results: Sequence[Block],
         leading = [arrays.pop(name) for name in ("dout", "q", "k", "v", "out", "lse")]
         gradients = dict(zip(("dq", "dk", "dv"), targets, strict=False))
         computed = cuflash.flash_attention_backward(*leading, **arrays, **gradients, **options)
-        computed, targets = computed[3:], targets[3:]  # dsinks: the others are written already
+        computed, targets = computed[3:], targets[3:]  # dsinks and dbias: the others are written already
     else:
         leading = [arrays.pop(name) for name in ("q", "k", "v")]
         del options["memory"]

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cuflash.adapters.jax import _compiled, _gpu, _handler
-from cuflash.adapters.jax._call import Call, plan_of, results_of, signature
+from cuflash.adapters.jax._call import DENSE_AXES, Call, plan_of, results_of, signature
 from cuflash.adapters.jax._route import route
 from cuflash.arrays import Signature, dtype_of
 from cuflash.errors import UnsupportedError
@@ -34,7 +34,11 @@ _handler.register()
 
 
 def axes_of(call: Call, name: str, rank: int) -> tuple[str, ...]:
-    """What the axes of an operand or result are: batch, len, heads, dim; or the boundaries of cu_seqlens."""
+    """What the axes of an operand or result are: batch, len, heads, dim; the boundaries of cu_seqlens; or, of a bias or
+    a mask, `DENSE_AXES`, each "one" where it is broadcast along it."""
+    if name in ("bias", "dbias", "mask"):
+        whole = call.mask_axes if name == "mask" else call.bias_axes
+        return tuple(axis if axis in whole else "one" for axis in DENSE_AXES)
     if name in ("cu_seqlens_q", "cu_seqlens_k"):
         return ("boundaries",)
     if name in ("alibi_slopes", "sinks", "dsinks"):
@@ -82,7 +86,7 @@ def forward(call: Call, *arrays: Any) -> tuple[Any, ...]:
 
 
 def backward(call: Call, *arrays: Any) -> tuple[Any, ...]:
-    """dq, dk, dv, and dsinks with sinks."""
+    """dq, dk, dv, then dsinks with sinks and dbias with a bias."""
     return tuple(_BACKWARD.bind(*arrays, call=call))
 
 
@@ -140,16 +144,20 @@ def _batched(primitive: Primitive, arrays: Sequence[Any], dims: Sequence[Any], *
     """All examples in one call, folded into its batch axis.
 
     Into its heads where the batch axis would not do: packed sequences have none, and the gradient of sinks is a sum
-    over it where each example has its own. One call an example where the boundaries of sequences differ between
-    examples, with dropout, whose mask depends on the place in the batch, and where the heads to fold into are spread
-    over an explicit axis of a mesh.
+    over it where each example has its own. A bias and a mask become whole along that axis. One call an example where
+    the boundaries of sequences differ between examples, with dropout, whose mask depends on the place in the batch, and
+    where the heads to fold into are spread over an explicit axis of a mesh.
     """
     size = next(x.shape[dim] for x, dim in zip(arrays, dims, strict=True) if dim is not None)
     mapped = [dim is not None for dim in dims]
     arrays = [x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(arrays, dims, strict=True)]
     ranks = [x.ndim - of_examples for x, of_examples in zip(arrays, mapped, strict=True)]
     axes = [axes_of(call, name, rank) for name, rank in zip(call.operands, ranks, strict=True)]
-    axes_of_mapped = [a for a, of_examples in zip(axes, mapped, strict=True) if of_examples]
+    axes_of_mapped = [
+        DENSE_AXES if name in ("bias", "mask") else a
+        for name, a, of_examples in zip(call.operands, axes, mapped, strict=True)
+        if of_examples
+    ]
     into = "batch" if "sinks" not in call.operands and all("batch" in a for a in axes_of_mapped) else "heads"
 
     # Of two axes that become one, only the major one may be spread over an explicit axis of a mesh.
@@ -162,6 +170,20 @@ def _batched(primitive: Primitive, arrays: Sequence[Any], dims: Sequence[Any], *
     if call.options.dropout_p > 0 or ("boundaries",) in axes_of_mapped or (spread and into == "heads"):
         return _one_by_one(primitive, arrays, mapped, call)
 
+    shapes = _shapes_of_results(call, arrays, ranks)
+    whole = replace(
+        call,
+        bias_axes=(*call.bias_axes, into) if "bias" in call.operands else (),
+        mask_axes=(*call.mask_axes, into) if "mask" in call.operands else (),
+    )
+    of_q = call.operands.index("q")
+    length = arrays[of_q].shape[arrays[of_q].ndim - ranks[of_q] + axes[of_q].index(into)]
+    for i, name in enumerate(call.operands):
+        if name in ("bias", "mask"):
+            axes[i] = axes_of(whole, name, 4)
+            shape = list(arrays[i].shape)
+            shape[len(shape) - 4 + DENSE_AXES.index(into)] = length
+            arrays[i] = jnp.broadcast_to(arrays[i], shape)
     folded = []
     for x, of_examples, a in zip(arrays, mapped, axes, strict=True):
         if into in a:
@@ -170,14 +192,22 @@ def _batched(primitive: Primitive, arrays: Sequence[Any], dims: Sequence[Any], *
             x = jnp.moveaxis(x, 0, place + spread)
             x = x.reshape(*x.shape[:place], x.shape[place] * x.shape[place + 1], *x.shape[place + 2 :])
         folded.append(x)
-    single = [jax.ShapeDtypeStruct(x.shape[x.ndim - rank :], x.dtype) for x, rank in zip(arrays, ranks, strict=True)]
-    shapes = {name: found.shape for name, found in check_types(call, single).items()}
-    places = [axes_of(call, name, len(shapes[name])).index(into) + spread for name in call.results]
-    results = [
-        x.reshape(*shapes[name][:place], size, *shapes[name][place:])
-        for name, place, x in zip(call.results, places, primitive.bind(*folded, call=call), strict=True)
-    ]
+    whole_shapes = _shapes_of_results(whole, arrays, ranks)
+    places = [axes_of(whole, name, len(shapes[name])).index(into) + spread for name in call.results]
+    results = []
+    for name, place, x in zip(call.results, places, primitive.bind(*folded, call=whole), strict=True):
+        shape = whole_shapes[name]
+        x = x.reshape(*shape[:place], size, *shape[place:])
+        if shape != shapes[name]:  # each example's bias is broadcast
+            x = x.sum(place - 1 if spread else place + 1, keepdims=True)
+        results.append(x)
     return results, places
+
+
+def _shapes_of_results(call: Call, arrays: Sequence[Any], ranks: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """The shapes of one example's results."""
+    single = [jax.ShapeDtypeStruct(x.shape[x.ndim - rank :], x.dtype) for x, rank in zip(arrays, ranks, strict=True)]
+    return {name: found.shape for name, found in check_types(call, single).items()}
 
 
 def _with_whole_first_axis(x: Any) -> Any:
@@ -266,6 +296,9 @@ def _part(call: Call, on_gpu: bool, spread: _Spread, *arrays: Any) -> tuple[Any,
             parts[name] = jax.lax.psum(parts[name], spread.heads)
     if "dsinks" in parts and spread.batch is not None:
         parts["dsinks"] = jax.lax.psum(parts["dsinks"], spread.batch)
+    for axis, place in (("batch", spread.batch), ("heads", spread.heads)):
+        if "dbias" in parts and place is not None and axis not in call.bias_axes:
+            parts["dbias"] = jax.lax.psum(parts["dbias"], place)
     return tuple(parts.values())
 
 
@@ -285,9 +318,13 @@ def _on_devices(call: Call, ranks: tuple[int, ...], same_heads: bool, on_gpu: bo
     rank_of |= {"out": rank_of["q"], "lse": rank_of["q"] - 1}
 
     def side(names: Sequence[str]) -> str:
-        return ", ".join(
-            " ".join(of_name.get(name, of_q)[axis] for axis in axes_of(call, name, rank_of[name])) for name in names
-        )
+        return ", ".join(" ".join(letters(name)) for name in names)
+
+    def letters(name: str) -> list[str]:
+        if name in ("bias", "dbias", "mask"):  # an axis of length 1 is a factor of its own
+            own = "wxyz" if name == "mask" else "WXYZ"
+            return [{**of_q, "kv_len": "t"}.get(axis, own[i]) for i, axis in enumerate(axes_of(call, name, 4))]
+        return [of_name.get(name, of_q)[axis] for axis in axes_of(call, name, rank_of[name])]
 
     rule = f"{side(call.operands)} -> {side(call.results)}"
     gathered = set("bhgstden" if call.options.dropout_p > 0 else "stden") & set(rule)

@@ -25,8 +25,11 @@ def backward(
     options: Options,
     **more: Any,
 ) -> tuple[torch.Tensor, ...]:
-    """(dq, dk, dv), and dsinks where the call has sinks. `more` is dq, dk, dv, accumulate and memory of
-    `cuflash.flash_attention_backward`."""
+    """(dq, dk, dv), then dsinks where the call has sinks and dbias where it has a bias.
+
+    `more` is dq, dk, dv, accumulate and memory of `cuflash.flash_attention_backward`, and `with_dbias`, which is False
+    where nobody asks for that.
+    """
     return _library(operands.q).backward(dout, operands, out, lse, dlse, _with_number(options), **more)
 
 

@@ -10,7 +10,7 @@ import torch
 
 import cuflash
 from cuflash import UnsupportedError
-from cuflash.adapters.torch._values import DTYPE_NAMES, Operands, Options
+from cuflash.adapters.torch._values import DTYPE_NAMES, Operands, Options, differentiated
 from cuflash.arrays import dtype_of
 
 
@@ -33,6 +33,7 @@ def backward(
     dv: torch.Tensor | None = None,
     accumulate: bool = False,
     memory: str = "fast",
+    with_dbias: bool = True,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of `cuflash.flash_attention_backward`; given dq, dk and dv come back as the same tensors."""
     given = {"dq": dq, "dk": dk, "dv": dv}
@@ -40,9 +41,11 @@ def backward(
     gradients = cuflash.flash_attention_backward(
         **_arrays(tensors), **_options(options), accumulate=accumulate, memory=memory
     )
-    targets = (*given.values(), None)
+    targets = (*given.values(), None, None)
+    wanted = differentiated(operands, with_dbias)  # dbias is the last
     return tuple(
-        _tensor(array) if target is None else target for array, target in zip(gradients, targets, strict=False)
+        _tensor(array) if target is None else target
+        for array, target, _ in zip(gradients, targets, wanted, strict=False)
     )
 
 
@@ -80,7 +83,7 @@ def _array(name: str, tensor: torch.Tensor) -> np.ndarray:
         lazily = "" if dtype is None else ", lazily negated or conjugated"
         raise TypeError(
             f"{name}: got a tensor of {tensor.dtype}{lazily}; "
-            "allowed: float16, bfloat16, float32 or float64, with its values in memory"
+            "allowed: float16, bfloat16, float32 or float64 (a mask: bool), with its values in memory"
         )
     if tensor.numel() == 0:
         return np.empty(tuple(tensor.shape), dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cuflash import api, plans
-from cuflash.adapters.torch._values import DTYPE_NAMES, Operands, Options
+from cuflash.adapters.torch._values import DTYPE_NAMES, Operands, Options, differentiated
 from cuflash.arrays import Signature
 from cuflash.cuda.launch import aligned
 from cuflash.cuda.toolchain import import_cupy
@@ -26,7 +26,7 @@ def forward(operands: Operands, options: Options, with_lse: bool) -> tuple[torch
     same_shape = plan.out.shape == q.shape
     out = _empty_like(q) if same_shape else torch.empty(plan.out.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(plan.lse.shape, dtype=torch.float32, device=q.device) if with_lse else None
-    _run(plan, q, (q, k, v, out, None, None, None, None, lse, None, None, *extras), seed)
+    _run(plan, q, (q, k, v, out, None, None, None, None, lse, None, None, *extras, None), seed)
     return out, lse
 
 
@@ -43,6 +43,7 @@ def backward(
     dv: torch.Tensor | None = None,
     accumulate: bool = False,
     memory: str = "fast",
+    with_dbias: bool = True,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of `cuflash.flash_attention_backward`; given dq, dk and dv come back as the same tensors."""
     given = (dq, dk, dv)
@@ -52,6 +53,7 @@ def backward(
         *(_described(q), _described(k), _described(v), _all_described(extras)),
         accumulate,
         memory,
+        with_dbias,
         *_arguments(options),
     )
     seed = plans.checked_seed(options.seed)
@@ -64,12 +66,12 @@ def backward(
     gradients = tuple(
         [
             _empty_like(x) if target is None else target
-            for x, target in zip((q, k, v, operands.sinks), (*given, None), strict=True)
-            if x is not None
+            for x, target in zip(differentiated(operands, with_dbias), (*given, None, None), strict=False)
         ]
     )
-    dsinks = gradients[3] if len(gradients) > 3 else None
-    _run(plan, q, (q, k, v, out, dout, *gradients[:3], lse, dlse, dsinks, *extras), seed)
+    found = dict(zip(plan.gradients, gradients, strict=True))
+    more = (found.get("dsinks"), *extras, found.get("dbias"))
+    _run(plan, q, (q, k, v, out, dout, *gradients[:3], lse, dlse, *more), seed)
     return gradients
 
 
@@ -126,11 +128,12 @@ def _backward_plan(
     extras: Any,
     accumulate: Any,
     memory: Any,
+    with_dbias: bool,
     *options: Any,
 ) -> BackwardPlan:
     names = ("dout", "out", "lse", "dlse", "dq", "dk", "dv", *plans.INPUTS)
     signatures = _signatures(names, (dout, out, lse, dlse, *given, q, k, v, *extras))
-    return plans.backward(*signatures, accumulate, memory, *options)
+    return plans.backward(*signatures, accumulate, memory, with_dbias, *options)
 
 
 def _signatures(names: Sequence[str], described: Sequence[_Described | None]) -> list[Signature | None]:

@@ -13,22 +13,25 @@ import torch
 
 from cuflash import UnsupportedError
 from cuflash.adapters.torch import _call
-from cuflash.adapters.torch._values import Operands, Options
+from cuflash.adapters.torch._values import Operands, Options, differentiated
 
 _TENSORS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+    "Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? bias, Tensor? mask"
 )
 _SCALARS = (
     "Tensor? seed, bool causal, SymInt? window_left, SymInt? window_right, float? scale, float? softcap, "
     "float dropout_p, bool deterministic, bool allow_tf32, str layout, str? backend"
 )
+_COUNT = len(Operands._fields)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 _library = torch.library.Library("cuflash", "DEF")
 _library.define(f"fwd({_TENSORS}, {_SCALARS}) -> (Tensor out, Tensor lse)", tags=_TAGS)
 _library.define(
-    f"bwd(Tensor dout, {_TENSORS}, Tensor out, Tensor lse, Tensor? dlse, {_SCALARS}, str memory) -> Tensor[]",
+    f"bwd(Tensor dout, {_TENSORS}, Tensor out, Tensor lse, Tensor? dlse, {_SCALARS}, str memory, bool with_dbias) "
+    "-> Tensor[]",
     tags=_TAGS,
 )
 
@@ -59,16 +62,17 @@ def _options(seed: torch.Tensor | None, *scalars: Any) -> Options:
 
 
 def _compute_forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _call.forward(Operands(*arguments[:7]), _options(*arguments[7:]))
+    return _call.forward(Operands(*arguments[:_COUNT]), _options(*arguments[_COUNT:]))
 
 
 def _compute_backward(dout: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
-    operands, (out, lse, dlse), (*scalars, memory) = Operands(*arguments[:7]), arguments[7:10], arguments[10:]
-    return list(_call.backward(dout, operands, out, lse, dlse, _options(*scalars), memory=memory))
+    operands, (out, lse, dlse, *scalars, memory, with_dbias) = Operands(*arguments[:_COUNT]), arguments[_COUNT:]
+    how = {"memory": memory, "with_dbias": with_dbias}
+    return list(_call.backward(dout, operands, out, lse, dlse, _options(*scalars), **how))
 
 
 def _fake_forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v, layout = *arguments[:3], _options(*arguments[7:]).layout
+    q, k, v, layout = *arguments[:3], _options(*arguments[_COUNT:]).layout
     heads_axis = {"bshd": -2, "bhsd": -3}.get(layout)
     if heads_axis is None:
         raise ValueError(f"layout: got {layout!r}; allowed: 'bshd' or 'bhsd'")
@@ -96,9 +100,8 @@ def _fake_forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _fake_backward(dout: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
-    operands = Operands(*arguments[:7])
-    outputs = (operands.q, operands.k, operands.v, operands.sinks)
-    return [x.new_empty(x.shape) for x in outputs if x is not None]
+    operands = Operands(*arguments[:_COUNT])
+    return [x.new_empty(x.shape) for x in differentiated(operands, arguments[-1])]
 
 
 for _key in ("CPU", "CUDA"):
@@ -125,12 +128,13 @@ def backward(
     options: Options,
     *,
     memory: str = "fast",
+    with_dbias: bool = True,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients, whose derivative raises."""
     seed, scalars = _seed_and_scalars(options)
     if torch.compiler.is_compiling():
-        return tuple(torch.ops.cuflash.bwd(dout, *operands, out, lse, dlse, seed, *scalars, memory))
-    return Backward.apply(dout, *operands, out, lse, dlse, seed, scalars, memory)
+        return tuple(torch.ops.cuflash.bwd(dout, *operands, out, lse, dlse, seed, *scalars, memory, with_dbias))
+    return Backward.apply(dout, *operands, out, lse, dlse, seed, scalars, memory, with_dbias)
 
 
 # ---- the Functions -----------------------------------------------------------------------------------------------
@@ -154,8 +158,9 @@ class Forward(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         *operands, seed, out, lse = ctx.saved_tensors
         dout, dlse = arrived(gradients, out)
-        dq, dk, dv, *dsinks = Backward.apply(dout, *operands, out, lse, dlse, seed, ctx.scalars, "fast")
-        return dq, dk, dv, None, dsinks[0] if dsinks else None, None, None, None, None
+        with_dbias = ctx.needs_input_grad[Operands._fields.index("bias")]
+        results = Backward.apply(dout, *operands, out, lse, dlse, seed, ctx.scalars, "fast", with_dbias)
+        return *of_operands(Operands(*operands), results), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
@@ -164,18 +169,19 @@ class Forward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         *operands, seed, scalars = inputs
-        folding = _Folding.of(info, in_dims[:8], operands, scalars)
-        out, lse = Forward.apply(*folding.operands(operands, in_dims[:7]), seed, scalars)
+        folding = _Folding.of(info, in_dims[:-1], operands, scalars)
+        out, lse = Forward.apply(*folding.operands(operands, in_dims[:-2]), seed, scalars)
         return (folding.unfold(out), folding.unfold(lse, folding.lse_axis)), (folding.axis, folding.lse_axis)
 
 
 class Backward(torch.autograd.Function):
-    """The gradients, a tuple, of the operator `bwd`, from its tensors, a tuple of its scalars and `memory`."""
+    """The gradients, a tuple, of the operator `bwd`, from its tensors, a tuple of its scalars, `memory` and
+    `with_dbias`."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
-        *tensors, scalars, memory = inputs
-        return tuple(torch.ops.cuflash.bwd(*tensors, *scalars, memory))
+        *tensors, scalars, memory, with_dbias = inputs
+        return tuple(torch.ops.cuflash.bwd(*tensors, *scalars, memory, with_dbias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -194,8 +200,8 @@ class Backward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        dout, *operands, out, lse, dlse, seed, scalars, memory = inputs
-        dout_dim, *operand_dims, out_dim, lse_dim, dlse_dim, seed_dim, _, _ = in_dims
+        dout, *operands, out, lse, dlse, seed, scalars, memory, with_dbias = inputs
+        dout_dim, *operand_dims, out_dim, lse_dim, dlse_dim, seed_dim, _, _, _ = in_dims
         folding = _Folding.of(info, (*operand_dims, seed_dim), operands, scalars)
         if folding.dropout_p and lse_dim is None:  # the forward drew the mask of another batch
             raise UnsupportedError(
@@ -211,21 +217,28 @@ class Backward(torch.autograd.Function):
             seed,
             scalars,
             memory,
+            with_dbias,
         )
+        bias, bias_dim = (x[Operands._fields.index("bias")] for x in (operands, operand_dims))
+        dbias = ()
+        if bias is not None and with_dbias:
+            *gradients, of_bias = gradients
+            dbias = (folding.unfold_dense(of_bias, bias, bias_dim),)
         axes = (folding.axis, folding.axis, folding.axis, 0)[: len(gradients)]
-        return tuple(folding.unfold(x, axis) for x, axis in zip(gradients, axes, strict=True)), axes
+        unfolded = (folding.unfold(x, axis) for x, axis in zip(gradients, axes, strict=True))
+        return (*unfolded, *dbias), axes + (0,) * len(dbias)
 
 
 def _differentiable_forward(*arguments: Any) -> Any:
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
-        return Forward.apply(*arguments[:8], arguments[8:])
+        return Forward.apply(*arguments[: _COUNT + 1], arguments[_COUNT + 1 :])
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.cuflash.fwd(*arguments)
 
 
 def _differentiable_backward(*arguments: Any) -> Any:
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
-        return list(Backward.apply(*arguments[:12], arguments[12:-1], arguments[-1]))
+        return list(Backward.apply(*arguments[: _COUNT + 5], arguments[_COUNT + 5 : -2], *arguments[-2:]))
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.cuflash.bwd(*arguments)
 
@@ -237,8 +250,17 @@ _library.impl("bwd", _differentiable_backward, "Autograd")
 
 def _refuse_forward_mode() -> NoReturn:
     raise UnsupportedError(
-        "forward mode: got a tangent of q, k, v or sinks; allowed: reverse mode (backward, torch.func.grad, jacrev)"
+        "forward mode: got a tangent of q, k, v, sinks or bias; allowed: reverse mode (backward, torch.func.grad, "
+        "jacrev)"
     )
+
+
+def of_operands(operands: Operands, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """The gradients by operand, None where there is none."""
+    found = iter(gradients)
+    with_gradients = ("q", "k", "v", "sinks", "bias")
+    pairs = zip(Operands._fields, operands, strict=True)
+    return [next(found, None) if name in with_gradients and x is not None else None for name, x in pairs]
 
 
 def arrived(gradients: tuple[Any, ...], out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -273,7 +295,7 @@ class _Folding(NamedTuple):
     def of(cls, info: Any, dims: Sequence[Any], operands: Sequence[Any], scalars: tuple[Any, ...]) -> _Folding:
         """`dims` are those of the operands and of the seed."""
         options = _options(None, *scalars)
-        for name, dim in zip(("cu_seqlens_q", "cu_seqlens_k", "seed"), dims[5:8], strict=True):
+        for name, dim in zip(("cu_seqlens_q", "cu_seqlens_k", "seed"), (*dims[5:7], dims[-1]), strict=True):
             if dim is not None:
                 raise UnsupportedError(f"{name}: got a tensor that vmap maps over; allowed: one for all examples")
         if options.dropout_p and info.randomness != "different":
@@ -305,13 +327,36 @@ class _Folding(NamedTuple):
     def operands(self, operands: Sequence[Any], dims: Sequence[Any]) -> tuple[Any, ...]:
         q, k, v = (self.fold(x, dim) for x, dim in zip(operands[:3], dims[:3], strict=True))
         assert q is not None
-        alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k = operands[3:]
+        alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, bias, mask = operands[3:]
         return (
             *(q, k, v),
             self._fold_slopes(alibi_slopes, dims[3], q),
             self.fold(sinks, dims[4], 0),
             *(cu_seqlens_q, cu_seqlens_k),
+            self._fold_dense(bias, dims[7], q),
+            self._fold_dense(mask, dims[8], q),
         )
+
+    def _fold_dense(self, x: torch.Tensor | None, dim: int | None, q: torch.Tensor) -> torch.Tensor | None:
+        """A bias or a mask as [batch, heads, q_len, kv_len], whole along the axis that is folded into."""
+        if x is None:
+            return None
+        x = x.expand(self.size, *x.shape) if dim is None else x.movedim(dim, 0)
+        x = x[(slice(None), *(None,) * (5 - x.ndim))]
+        lengths = [-1] * 5
+        lengths[1 + self.lse_axis] = q.shape[self.axis] // self.size
+        return x.expand(lengths).movedim(0, self.lse_axis).flatten(self.lse_axis, self.lse_axis + 1)
+
+    def unfold_dense(self, dx: torch.Tensor, x: torch.Tensor, dim: int | None) -> torch.Tensor:
+        """The gradient of each example's x, the mapped axis first, of that of the folded one."""
+        shape = list(x.shape)
+        if dim is not None:
+            del shape[dim]
+        whole = [1] * (4 - len(shape)) + shape
+        dx = self.unfold(dx, self.lse_axis).movedim(self.lse_axis, 0)
+        if whole[self.lse_axis] == 1:
+            dx = dx.sum(1 + self.lse_axis, keepdim=True)
+        return dx.reshape(self.size, *shape)
 
     def _fold_slopes(self, slopes: torch.Tensor | None, dim: int | None, q: torch.Tensor) -> torch.Tensor | None:
         if slopes is None:

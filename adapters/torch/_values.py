@@ -25,6 +25,14 @@ class Operands(NamedTuple):
     sinks: torch.Tensor | None = None
     cu_seqlens_q: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
+def differentiated(operands: Operands, with_dbias: bool) -> tuple[torch.Tensor, ...]:
+    """Those that have gradients, in the order of these."""
+    bias = operands.bias if with_dbias else None
+    return tuple([x for x in (*operands[:3], operands.sinks, bias) if x is not None])
 
 
 class Options(NamedTuple):

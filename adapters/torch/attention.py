@@ -32,6 +32,8 @@ def flash_attention(
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     dropout_p: float = 0.0,
@@ -42,13 +44,16 @@ def flash_attention(
     layout: str = "bshd",
     backend: str | None = None,
 ) -> Any:
-    """`cuflash.flash_attention` on torch tensors, differentiable once in q, k, v and sinks, and through the LSE.
+    """`cuflash.flash_attention` on torch tensors, differentiable once in q, k, v, sinks and bias, and through the
+    LSE.
 
     Parameters, shapes and dtypes are those of `cuflash.flash_attention`; what torch adds:
 
     q, k, v : dense tensors on the CPU or a CUDA GPU, all on one device
         Under autocast, those of float16, bfloat16 and float32 are cast to its dtype, as for torch's own attention.
-    alibi_slopes, cu_seqlens_q, cu_seqlens_k : tensors without gradients
+    alibi_slopes, mask, cu_seqlens_q, cu_seqlens_k : tensors without gradients
+    bias : tensor
+        Its gradient is computed where the tensor requires one, and has its shape.
     seed : int in [0, 2^64), or int64 tensor of one element on the CPU
         A tensor's value need not be known when torch.compile traces.
     deterministic : bool
@@ -67,7 +72,7 @@ def flash_attention(
         What this GPU or build cannot do; double backward and forward mode; vmap over cu_seqlens, or with dropout
         unless randomness="different".
     """
-    operands = Operands(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
+    operands = Operands(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, bias, mask)
     if torch.overrides.has_torch_function_variadic(*operands):
         return torch.overrides.handle_torch_function(
             flash_attention,
@@ -81,6 +86,8 @@ def flash_attention(
             softcap=softcap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
+            bias=bias,
+            mask=mask,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
             dropout_p=dropout_p,
@@ -132,6 +139,8 @@ def flash_attention_backward(
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     dropout_p: float = 0.0,
@@ -153,7 +162,7 @@ def flash_attention_backward(
     tensors. The gradients are not differentiable, so tensors that require gradients raise a ValueError unless grad
     mode is off.
     """
-    operands = Operands(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
+    operands = Operands(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, bias, mask)
     tensors = {"dout": dout, **operands._asdict(), "out": out, "lse": lse, "dlse": dlse, "dq": dq, "dk": dk, "dv": dv}
     plain, with_gradients = _survey(tensors, tensors.values(), q)
     if with_gradients:
@@ -193,14 +202,13 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         *operands, out, lse = ctx.saved_tensors
         dout, dlse = _operators.arrived(gradients, out)
-        if torch.is_grad_enabled():  # create_graph=True: the gradients carry a derivative, which raises
-            results = _operators.backward(dout, Operands(*operands), out, lse, dlse, ctx.options)
-        else:
-            results = _call.backward(dout, Operands(*operands), out, lse, dlse, ctx.options)
-        dq, dk, dv, *dsinks = results
+        # With create_graph=True the gradients carry a derivative, which raises.
+        compute = _operators.backward if torch.is_grad_enabled() else _call.backward
+        with_dbias = ctx.needs_input_grad[-2] if len(operands) > 3 else False
+        results = compute(dout, Operands(*operands), out, lse, dlse, ctx.options, with_dbias=with_dbias)
         if len(operands) == 3:
-            return None, None, dq, dk, dv
-        return None, None, dq, dk, dv, None, dsinks[0] if dsinks else None, None, None
+            return None, None, *results
+        return None, None, *_operators.of_operands(Operands(*operands), results)
 
 
 def _is_seen() -> bool:
@@ -216,7 +224,7 @@ def _is_seen() -> bool:
     )
 
 
-_OPTIONAL = ("alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "dlse", "dq", "dk", "dv")
+_OPTIONAL = ("alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "bias", "mask", "dlse", "dq", "dk", "dv")
 
 
 def _survey(names: Iterable[str], tensors: Iterable[Any], q: torch.Tensor) -> tuple[bool, bool]:
@@ -261,9 +269,10 @@ def _check_seed(seed: Any) -> None:
 
 
 def _cast(operands: Operands, dtype: torch.dtype) -> Operands:
-    """For autocast: q, k and v in its dtype but for float64; sinks and slopes follow where they are not float32."""
+    """For autocast: q, k and v in its dtype but for float64; the other options follow where they are not float32."""
     q, k, v = (x.to(dtype) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in operands[:3])
-    alibi_slopes, sinks = (
-        x.to(dtype) if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x for x in operands[3:5]
+    alibi_slopes, sinks, bias = (
+        x.to(dtype) if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
+        for x in (operands.alibi_slopes, operands.sinks, operands.bias)
     )
-    return operands._replace(q=q, k=k, v=v, alibi_slopes=alibi_slopes, sinks=sinks)
+    return operands._replace(q=q, k=k, v=v, alibi_slopes=alibi_slopes, sinks=sinks, bias=bias)

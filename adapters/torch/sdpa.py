@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from cuflash import UnsupportedError
 from cuflash.adapters.torch._call import fresh_seed
 from cuflash.adapters.torch.attention import flash_attention
 from cuflash.adapters.torch.packing import Packing, equal_lengths
@@ -40,10 +39,10 @@ def scaled_dot_product_attention(
         float16, bfloat16, float32 (float64 on the CPU), on the CPU or a CUDA GPU. Without an axis of heads, one head.
     key, value : tensors [..., kv_heads, kv_len, head_dim] and [..., kv_heads, kv_len, head_dim_v]
         Their leading axes broadcast against query's.
-    attn_mask : None, a boolean tensor, or a torch.nn.attention.bias.CausalBias
-        A boolean mask, True for a key that takes part, may depend on the batch and the key: [batch, 1, 1, kv_len] or
-        anything that broadcasts so. The keys it keeps are packed, without waiting for a GPU. A query with no key left
-        gets 0.
+    attn_mask : None, a tensor that broadcasts to [..., heads, q_len, kv_len], or a torch.nn.attention.bias.CausalBias
+        Boolean, True for a key that takes part, or float32 or of query's dtype, added to the scores and differentiable.
+        The keys that a boolean mask of the keys alone keeps, [batch, 1, 1, kv_len], are packed, without waiting for a
+        GPU; no other mask saves work. A query with no key left gets 0.
     dropout_p : float in [0, 1)
         The seed is drawn from torch's default generator of the CPU.
     is_causal : bool
@@ -56,9 +55,10 @@ def scaled_dot_product_attention(
     Raises
     ------
     TypeError, ValueError
-        Names the argument (q, k and v for query, key and value, where `flash_attention` finds it).
+        Names the argument (q, k and v for query, key and value, bias for an additive attn_mask, where `flash_attention`
+        finds it).
     UnsupportedError
-        Masks that depend on the query or the head, and additive ones.
+        As for `flash_attention`.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, torch.Tensor):
@@ -96,7 +96,13 @@ def scaled_dot_product_attention(
             else flash_attention(q, k, v, causal=True, **options)
         )
     elif attn_mask is not None:
-        out = _with_key_mask(q, k, v, _key_mask(attn_mask, leading, heads, key), options)
+        mask = _mask(attn_mask, leading, (heads, query.shape[-2], kv_len), key)
+        if mask.dtype != torch.bool:
+            out = flash_attention(q, k, v, bias=mask, **options)
+        elif any(mask.shape[axis] != 1 for axis in (-3, -2)):
+            out = flash_attention(q, k, v, mask=mask, **options)
+        else:
+            out = _with_key_mask(q, k, v, mask[:, 0, 0].expand(len(q), kv_len), options)
     elif is_causal:
         out = _causal_from_the_top_left(q, k, v, options)
     else:
@@ -131,28 +137,21 @@ def _causal_from_the_top_left(
     return flash_attention(q, k, v, window_size=(None, q_len - kv_len), **options)
 
 
-def _key_mask(mask: Any, leading: torch.Size, heads: int, key: torch.Tensor) -> torch.Tensor:
-    """The mask as [batch, kv_len]."""
-    allowed = (
-        "a boolean mask of the keys alone, [batch, 1, 1, kv_len], is_causal=True, or "
-        "torch.nn.attention.bias.causal_upper_left or causal_lower_right"
-    )
+def _mask(mask: Any, leading: torch.Size, of_scores: tuple[int, int, int], key: torch.Tensor) -> torch.Tensor:
+    """The mask with four axes, the leading ones made one; each broadcasts."""
     if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"attn_mask: got {mask!r:.60} ({type(mask).__name__}); allowed: {allowed}")
+        raise TypeError(f"attn_mask: got {mask!r:.60} ({type(mask).__name__}); allowed: None, a tensor or a CausalBias")
     if mask.device != key.device:
         raise ValueError(f"attn_mask: got a tensor on {mask.device}; allowed: key's device, {key.device}")
-    if mask.dtype != torch.bool:
-        raise UnsupportedError(f"attn_mask: got an additive mask of {mask.dtype}; allowed: {allowed}")
-    if any(mask.shape[-axis] != 1 for axis in (2, 3) if mask.ndim >= axis):
-        raise UnsupportedError(f"attn_mask: got a mask of shape {tuple(mask.shape)}; allowed: {allowed}")
-    of_keys = mask.reshape(*(1,) * (3 + len(leading) - mask.ndim), *mask.shape)[..., 0, 0, :]
-    kv_len = key.shape[-2]
-    try:
-        return of_keys.expand(*leading, kv_len).reshape(math.prod(leading), kv_len)
-    except RuntimeError as error:
-        raise ValueError(
-            f"attn_mask: got shape {tuple(mask.shape)}; allowed: one that broadcasts to {(*leading, heads, 1, kv_len)}"
-        ) from error
+    whole = (*leading, *of_scores)
+    axes = zip(reversed(mask.shape), reversed(whole), strict=False)
+    if mask.ndim > len(whole) or any(length not in (1, of_whole) for length, of_whole in axes):
+        raise ValueError(f"attn_mask: got shape {tuple(mask.shape)}; allowed: one that broadcasts to {whole}")
+    mask = mask.reshape(*(1,) * (len(whole) - mask.ndim), *mask.shape)
+    if len(leading) == 1:
+        return mask
+    one = all(length == 1 for length in mask.shape[:-3])
+    return _one_batch_axis(mask if one else mask.expand(*leading, *mask.shape[-3:]))
 
 
 def _with_key_mask(

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
-from cuflash.cuda.launch import OPERANDS, PARAMS, TENSORS, WORKSPACE, Step
+from cuflash.cuda.launch import COMMON_PARAMS, DENSE, OPERANDS, PARAMS, TENSORS, WORKSPACE, Step
 
-_FORWARD = ("q", "k", "v", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
-_BACKWARD = ("q", "k", "v", "dout", "lse", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "delta")
+_FORWARD = ("q", "k", "v", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "bias", "mask")
+_BACKWARD = ("q", "k", "v", "dout", "lse", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "bias", "mask", "delta")
 # The arrays that a kernel reads, and those that it writes, as far as a call has them. One in both is changed in place.
 _ACCESS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "forward_portable": (_FORWARD, ("out", "lse")),
@@ -23,18 +23,20 @@ _ACCESS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "backward_prepare": (("out", "dout", "dlse"), ("delta", "tickets")),
     "backward_sinks": (("lse", "sinks", "cu_seqlens_q", "cu_seqlens_k", "delta"), ("dsinks",)),
     "backward_portable_dkv": (_BACKWARD, ("dk", "dv")),
-    "backward_portable_dq": (_BACKWARD, ("dq",)),
+    "backward_portable_dq": (_BACKWARD, ("dq", "dbias", "dbias_sum")),  # one of the last two
     "backward_list": (("cu_seqlens_q", "cu_seqlens_k"), ("tasks",)),
     "backward_hopper": ((*_BACKWARD, "tickets", "tasks"), ("dk", "dv", "tickets", "dq_sum", "dq_turns")),
     "backward_hopper_wide": ((*_BACKWARD, "tickets", "tasks"), ("dk", "dv", "tickets")),
     "backward_hopper_dq": (_BACKWARD, ("dq",)),
     "backward_finish": (("cu_seqlens_q", "cu_seqlens_k", "dq_sum"), ("dq",)),
+    "backward_bias": (("dbias_sum",), ("dbias",)),
 }
 _POINTERS = {"lse": "float*", "dlse": "float*", "delta": "float*", "dq_sum": "float*", "dq_turns": "int*"}
-_POINTERS |= {"tickets": "int*", "tasks": "int*"}  # the others are void*
+_POINTERS |= {"tickets": "int*", "tasks": "int*", "dbias_sum": "float*"}  # the others are void*
 _NUMBERS = {"q": "long long", "Q": "unsigned long long", "i": "int", "I": "unsigned int", "f": "float"}
-# The fields of Params that are numbers, and their codes: arguments of every flat entry, in this order.
-NUMBERS = tuple((name, code) for name, code in PARAMS if code != "P")
+# The fields of Params that are numbers, and their codes: without and with those of a bias and a mask.
+NUMBERS = tuple((name, code) for name, code in COMMON_PARAMS if code != "P")
+DENSE_NUMBERS = tuple((name, code) for name, code in PARAMS if code != "P")
 
 
 class Flat(NamedTuple):
@@ -45,6 +47,7 @@ class Flat(NamedTuple):
     reads: tuple[str, ...]
     writes: tuple[str, ...]  # after those; one of `reads` again where the kernel changes it in place
     maps: dict[str, int]  # the arrays that are passed as tensor maps instead of pointers, and the rows of a copy
+    numbers: tuple[tuple[str, str], ...]  # last: the fields of Params that are numbers, and their codes
 
 
 def flat(step: Step, arrays: Collection[str]) -> Flat:
@@ -53,6 +56,8 @@ def flat(step: Step, arrays: Collection[str]) -> Flat:
         tuple(name for name in (*OPERANDS, *WORKSPACE) if name in names and name in arrays)
         for names in _ACCESS[step.kernel]
     )
+    if "dbias_sum" in writes:
+        writes = tuple(name for name in writes if name != "dbias")
     maps = dict(step.maps)
     if step.kernel == "forward_hopper" and not step.tile.staged:
         del maps["out"]  # written through its pointer; the map is never used
@@ -65,7 +70,8 @@ def flat(step: Step, arrays: Collection[str]) -> Flat:
         changed = "_before" if name in writes else ""  # the same address as among the writes
         parameters.append(_parameter(name, maps) + changed)
     parameters += [_parameter(name, maps) for name in writes]
-    for name, code in NUMBERS:
+    numbers = DENSE_NUMBERS if step.spec.bias or step.spec.mask else NUMBERS
+    for name, code in numbers:
         argument = name.replace(".", "_")
         parameters.append(f"{_NUMBERS[code]} {argument}")
         fields.append(f"p.{name} = {argument};")
@@ -78,11 +84,11 @@ def flat(step: Step, arrays: Collection[str]) -> Flat:
         + "\n    ".join(fields)
         + f"\n    {step.kernel}({', '.join(passed)});\n}}\n"
     )
-    return Flat(text, entry, reads, writes, maps)
+    return Flat(text, entry, reads, writes, maps, numbers)
 
 
 def _has_strides(name: str) -> bool:
-    return name in (*TENSORS, "lse", "dlse", "delta")
+    return name in (*TENSORS, "lse", "dlse", "delta", *DENSE)
 
 
 def _parameter(name: str, maps: Collection[str]) -> str:

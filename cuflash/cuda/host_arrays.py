@@ -55,7 +55,7 @@ def backward(
         accumulate=plan.accumulate,
         lean=plan.lean,
     )
-    ways = plan.accumulate, "lean" if plan.lean else "fast"
+    ways = plan.accumulate, "lean" if plan.lean else "fast", True
 
     def prepare(found: dict[str, Signature]) -> BackwardPlan:
         return plans.backward(*map(found.get, (*_OTHERS, "dq", "dk", "dv", *plans.INPUTS)), *ways, *options)

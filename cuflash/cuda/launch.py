@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ _SHARED_SIZE_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 # struct Params of cuda_src/params.cuh: arrays are a pointer and strides, then the scalars, all naturally aligned.
 TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 _STATISTICS = ("lse", "dlse", "delta")
-PARAMS = (
+COMMON_PARAMS = (
     *((f"{name}.{field}", "P" if field == "data" else "q") for name in TENSORS
       for field in ("data", "batch_stride", "row_stride", "head_stride")),
     *((f"{name}.{field}", "P" if field == "data" else "q") for name in _STATISTICS
@@ -54,6 +55,13 @@ PARAMS = (
     *((name, "i") for name in ("cu_seqlens_int64", "alibi_float32", "sinks_float32", "dq_float32", "dk_float32",
                                "dv_float32", "accumulate")),
 )  # fmt: skip
+DENSE = ("bias", "mask", "dbias")
+PARAMS = (
+    *COMMON_PARAMS,  # where Params of a kernel without a bias and a mask ends
+    *((f"{name}.{field}", "P" if field == "data" else "q") for name in DENSE
+      for field in ("data", "batch_stride", "head_stride", "row_stride", "col_stride")),
+    ("dbias_sum", "P"), ("dbias_size", "q"), ("bias_float32", "i"),
+)  # fmt: skip
 PARAMS_STRUCT = struct.Struct("@" + "".join(code for _, code in PARAMS) + "0P")  # padded to the alignment of a pointer
 PARAMS_OFFSETS = {
     name: struct.calcsize("@" + "".join(code for _, code in PARAMS[:i]) + "0" + code)
@@ -61,8 +69,8 @@ PARAMS_OFFSETS = {
 }
 _POINTER = struct.Struct("@P")
 # The arrays of a call, in the order in which a Plan takes their pointers, and the parts of the workspace.
-OPERANDS = (*TENSORS, "lse", "dlse", "dsinks", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
-WORKSPACE = ("delta", "tickets", "tasks", "dq_sum", "dq_turns")
+OPERANDS = (*TENSORS, "lse", "dlse", "dsinks", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", *DENSE)
+WORKSPACE = ("delta", "tickets", "tasks", "dq_sum", "dq_turns", "dbias_sum")
 ZEROED = WORKSPACE[3:]  # those that must be zeros before the call
 _WORD = 8  # bytes of a pointer, and of the seed
 _WORDS = {  # of struct Params: where their pointers are
@@ -239,7 +247,8 @@ def plan(
         parts[name] = end
         end += -(-size // _ALIGNMENT) * _ALIGNMENT
     loaded = [_Launch(*pair, layouts, parts) for pair in zip(functions, launches, strict=True)]
-    return Plan(device, loaded, end, (parts[ZEROED[0]], end) if ZEROED[0] in parts else (0, 0))
+    first_zeroed = min((parts[name] for name in ZEROED if name in parts), default=end)
+    return Plan(device, loaded, end, (first_zeroed, end))
 
 
 def steps(
@@ -261,7 +270,7 @@ def steps(
     if max(problem.q_len, problem.kv_len) > MAX_LENGTH:
         raise UnsupportedError(f"q, k: got lengths {problem.q_len} and {problem.kv_len}; the kernels go to 2^29 tokens")
     hopper = aligned and _takes_hopper(problem, target, layouts, backward)
-    spec = _backward_spec(problem.spec, lean)
+    spec = _spec_of(problem, layouts, lean)
     vector = _vector(problem.spec, layouts) if aligned else _element_bytes(problem.spec)
     tiles = {}
     for name in tuning.kernels_of(spec, backward=backward, hopper=hopper):
@@ -272,6 +281,10 @@ def steps(
         if name == "backward_finish":
             q_tiles = _piece_rows(problem, tiles)
         blocks = _blocks(name, problem, tile, machine.multiprocessors, q_tiles)
+        if name == "backward_portable_dq" and spec.bias and spec.deterministic:
+            blocks = _ordered_blocks(problem, layouts["dbias"], q_tiles)
+        elif name == "backward_bias":
+            blocks = -(-_summed(problem, layouts) // (32 * tile.warps))
         if blocks > _MAX_BLOCKS:
             raise UnsupportedError(f"q: got a problem of {blocks} tiles; the kernels go to 2^31 - 1: split the batch")
         if not blocks:
@@ -292,7 +305,7 @@ def steps(
                 ),
             )
         )
-    return Steps(tuple(launches), _workspace(problem, spec, tiles))
+    return Steps(tuple(launches), _workspace(problem, spec, tiles, layouts))
 
 
 def machine(device: int) -> Machine:
@@ -300,9 +313,10 @@ def machine(device: int) -> Machine:
     return Machine(toolchain.device_target(device), *_limits(device))
 
 
-def _backward_spec(spec: Spec, lean: bool) -> Spec:
-    """The Spec of a call with the memory asked for; lean is always deterministic."""
-    return replace(spec, lean=lean, deterministic=spec.deterministic and not lean)
+def _spec_of(problem: Problem, layouts: Layouts, lean: bool) -> Spec:
+    """The Spec of a call with the memory asked for. Lean is always deterministic, but for dbias."""
+    ordered = "dbias" in layouts if problem.spec.bias else not lean
+    return replace(problem.spec, lean=lean, deterministic=problem.spec.deterministic and ordered)
 
 
 def _piece_rows(problem: Problem, tiles: dict[str, Tile]) -> int:
@@ -312,11 +326,12 @@ def _piece_rows(problem: Problem, tiles: dict[str, Tile]) -> int:
     return _tiles(problem, problem.q_len, rows) * rows // tiles["backward_finish"].rows
 
 
-def _workspace(problem: Problem, spec: Spec, tiles: dict[str, Tile]) -> dict[str, int]:
+def _workspace(problem: Problem, spec: Spec, tiles: dict[str, Tile], layouts: Layouts) -> dict[str, int]:
     """The parts of the workspace that these kernels need, in bytes."""
     sizes = dict.fromkeys(WORKSPACE, 0)
     if "backward_prepare" in tiles:
         sizes["delta"], sizes["tickets"] = 4 * problem.statistics, 4
+        sizes["dbias_sum"] = 4 * _summed(problem, layouts)
     if "forward_list" in tiles:
         sizes["tickets"] = 4
         sizes["tasks"] = _RECORD * (1 + _tiles(problem, problem.q_len, tiles["forward_list"].rows))
@@ -332,10 +347,11 @@ def _workspace(problem: Problem, spec: Spec, tiles: dict[str, Tile]) -> dict[str
 
 
 def workspace_bound(problem: Problem, *, backward: bool, lean: bool) -> int:
-    """The most workspace in bytes that a call needs, whichever kernels serve it; nothing is compiled for it."""
-    spec = _backward_spec(problem.spec, lean)
+    """The most workspace in bytes that a call without a bias needs, whichever kernels serve it; nothing is compiled for
+    it."""
+    spec = _spec_of(problem, {}, lean)
     names = tuning.kernels_of(spec, backward=backward, hopper=tuning.has_hopper(spec, backward=backward))
-    sizes = _workspace(problem, spec, {name: tuning.tile_of(name, spec, 900, 16) for name in names})
+    sizes = _workspace(problem, spec, {name: tuning.tile_of(name, spec, 900, 16) for name in names}, {})
     return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes.values())
 
 
@@ -356,25 +372,23 @@ def forward(plan: ForwardPlan, inputs: Sequence[Any], seed: int, with_lse: bool)
             return forward(plan, inputs, seed, with_lse)
     out = gpu.ndarray(plan.out.shape, dtype_of(plan.out.dtype))
     lse = gpu.ndarray(plan.lse.shape, dtype_of(plan.lse.dtype)) if with_lse else None
-    q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k = inputs
+    q, k, v, *extras = inputs
     pointers = (
         *(q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, 0, 0, 0, 0),
         *(0 if lse is None else lse.data.ptr, 0, 0),
-        0 if alibi_slopes is None else alibi_slopes.data.ptr,
-        0 if sinks is None else sinks.data.ptr,
-        0 if cu_seqlens_q is None else cu_seqlens_q.data.ptr,
-        0 if cu_seqlens_k is None else cu_seqlens_k.data.ptr,
+        *[0 if array is None else array.data.ptr for array in extras],
+        0,
     )
     _run(gpu, plan, pointers, seed)
     return out, lse
 
 
 def backward(plan: BackwardPlan, arrays: Sequence[Any], given: Sequence[Any], seed: int) -> list[Any]:
-    """dq, dk, dv and, with sinks, dsinks, those not given from CuPy's pool as the workspace is; `arrays` are dout, out,
-    lse, dlse and the inputs.
+    """dq, dk, dv, with sinks dsinks and with a bias dbias, those not given from CuPy's pool as the workspace is;
+    `arrays` are dout, out, lse, dlse and the inputs.
 
-    Only the sum of dQ of the Hopper kernel is atomic: where the Spec is deterministic, memory is lean, or other kernels
-    serve the call, the gradients are bitwise reproducible.
+    Only the sum of dQ of the Hopper kernel and that of a broadcast bias are atomic: where the Spec is deterministic, or
+    memory is lean or other kernels serve the call and no bias is broadcast, the gradients are bitwise reproducible.
     """
     gpu = _gpu()
     if gpu.is_elsewhere(plan.device):
@@ -382,8 +396,8 @@ def backward(plan: BackwardPlan, arrays: Sequence[Any], given: Sequence[Any], se
             return backward(plan, arrays, given, seed)
     gradients = plans.targets(plan, given, lambda like: gpu.ndarray(like.shape, dtype_of(like.dtype)))
     dout, out, lse, dlse, q, k, v, *extras = arrays
-    dq, dk, dv, dsinks = (*gradients, None)[:4]
-    operands = (q, k, v, out, dout, dq, dk, dv, lse, dlse, dsinks, *extras)
+    found = dict(zip(plan.gradients, gradients, strict=True))
+    operands = (q, k, v, out, dout, *gradients[:3], lse, dlse, found.get("dsinks"), *extras, found.get("dbias"))
     pointers = tuple([0 if array is None else array.data.ptr for array in operands])
     _run(gpu, plan, pointers, seed)
     return gradients
@@ -495,8 +509,9 @@ def _blocks(name: str, problem: Problem, tile: Tile, multiprocessors: int, q_til
         "forward_list": lambda: 1,
         "backward_list": lambda: 1,
         "forward_portable": lambda: q_blocks,
-        # Equal tiles, equal pairs of tiles of which there are enough, or listed ones: each multiprocessor loops over its
-        # share. Few or very long tiles under a mask: a block each, so that a multiprocessor that is done takes the next.
+        # Equal tiles, equal pairs of tiles of which there are enough, or listed ones: each multiprocessor loops over
+        # its share. Few or very long tiles under a mask: a block each, so that a multiprocessor that is done takes the
+        # next.
         "forward_hopper": lambda: (
             q_blocks
             if uneven
@@ -512,8 +527,21 @@ def _blocks(name: str, problem: Problem, tile: Tile, multiprocessors: int, q_til
         "backward_hopper_wide": lambda: min(kv_blocks, multiprocessors),
         "backward_hopper_dq": lambda: q_blocks,
         "backward_finish": lambda: q_blocks * -(-problem.spec.head_dim // tile.cols),
+        "backward_bias": lambda: 0,  # unless dbias is a sum
     }
     return counts[name]()
+
+
+def _summed(problem: Problem, layouts: Layouts) -> int:
+    """Elements of dbias that are sums: all where the bias is broadcast, else none, as each is written at once."""
+    whole = (problem.batch, problem.heads, problem.q_len, problem.kv_len)
+    return math.prod(layouts["dbias"].shape) if "dbias" in layouts and layouts["dbias"].shape != whole else 0
+
+
+def _ordered_blocks(problem: Problem, dbias: Signature, q_tiles: int) -> int:
+    """Thread blocks of the kernel of dQ, each with elements of dbias of its own, which it adds to in a fixed order."""
+    counts = zip((problem.batch, problem.heads, q_tiles), dbias.strides, strict=False)
+    return math.prod(count if stride else 1 for count, stride in counts)
 
 
 def _params(
@@ -536,6 +564,12 @@ def _params(
     if "alibi_slopes" in layouts:
         *batch_stride, values["alibi_head_stride"] = layouts["alibi_slopes"].strides
         values["alibi_batch_stride"] = batch_stride[0] if batch_stride else 0
+    for name in DENSE:
+        if name in layouts:
+            for field, stride in zip(("batch", "head", "row", "col"), layouts[name].strides, strict=True):
+                values[f"{name}.{field}_stride"] = stride
+    if "dbias" in layouts:
+        values["dbias_size"] = math.prod(layouts["dbias"].shape)
     if "sinks" in layouts:
         (values["sinks_stride"],) = layouts["sinks"].strides
     values |= {
@@ -556,6 +590,6 @@ def _params(
         "cu_seqlens_int64": "cu_seqlens_q" in layouts and layouts["cu_seqlens_q"].dtype == "int64",
         "accumulate": accumulate,
     }
-    for field, name in (("alibi", "alibi_slopes"), ("sinks", "sinks"), ("dq", "dq"), ("dk", "dk"), ("dv", "dv")):
+    for field, name in (("alibi", "alibi_slopes"), *((name, name) for name in ("sinks", "bias", "dq", "dk", "dv"))):
         values[f"{field}_float32"] = name in layouts and layouts[name].dtype == "float32"
     return values

@@ -50,7 +50,7 @@ class Description(NamedTuple):
 
 
 def describe(array: Signature, rows: int) -> Description:
-    """The map of tiles of `rows` rows of an expressible 16-bit array [batch, len, heads, dim] or [total, heads, dim]."""
+    """The map of tiles of `rows` rows of an expressible array [batch, len, heads, dim] or [total, heads, dim]."""
     *batch, length, heads, dim = array.shape
     *batch_stride, row_stride, head_stride = (
         2 * int(stride) if count > 1 else 2 * dim

@@ -62,7 +62,8 @@ def on_numpy(arrays: Arrays, dout: np.ndarray, dlse: np.ndarray | None, **option
     """Results and gradients of one call on NumPy arrays, by name."""
     out, lse = cuflash.flash_attention(**arrays, **options, return_lse=True)
     gradients = cuflash.flash_attention_backward(dout, **arrays, out=out, lse=lse, dlse=dlse, **options)
-    return {"out": out, "lse": lse, **dict(zip(("q", "k", "v", "sinks"), gradients, strict=False))}
+    names = ("q", "k", "v", *(name for name in ("sinks", "bias") if name in arrays))
+    return {"out": out, "lse": lse, **dict(zip(names, gradients, strict=True))}
 
 
 def assert_close(actual: Any, expected: np.ndarray) -> None:
@@ -324,6 +325,19 @@ VMAP: dict[str, tuple[Callable[..., Arrays], dict[str, int], dict[str, Any]]] = 
     "same sinks": (lambda *n: {**dense(*n), "sinks": draw(HEADS)}, {"q": 0, "k": 0, "v": 0}, {"causal": True}),
     "own sinks": (lambda *n: {**dense(*n), "sinks": draw(*n, HEADS)}, {"sinks": 0}, {"causal": True}),
     "dropout": (dense, {"q": 0, "k": 0, "v": 0}, {"dropout_p": 0.4, "seed": 3}),
+    "same bias, of heads": (lambda *n: {**dense(*n), "bias": draw(HEADS, 1, KV_LEN)}, {"q": 0}, {"causal": True}),
+    "own bias, of queries": (lambda *n: {**dense(*n), "bias": draw(*n, Q_LEN, 1)}, {"bias": 1}, {}),
+    "own bias and mask, own sinks": (
+        lambda *n: {
+            **dense(*n), "sinks": draw(*n, HEADS), "bias": draw(*n, BATCH, 1, Q_LEN, KV_LEN),
+            "mask": draw(*n, Q_LEN, KV_LEN, seed=5) < 1,
+        },
+        {"sinks": 0, "bias": 2, "mask": 0}, {},
+    ),
+    "mask, dropout": (
+        lambda *n: {**dense(*n), "mask": draw(*n, Q_LEN, KV_LEN) < 1},
+        {"q": 0, "mask": 0}, {"dropout_p": 0.4, "seed": 3},
+    ),
     "packed": (packed, {"q": 0, "k": 0, "v": 0}, {"causal": True}),
     "own boundaries": (
         lambda *n: {**packed(*n), "cu_seqlens_q": np.array([[0, 1, 2, 3], [0, 9, 20, 30], [0, 0, 0, 33]], np.int32)},
@@ -368,7 +382,7 @@ def test_vmap(put: Put, name: str):
 @pytest.mark.parametrize("name", VMAP)
 def test_vmap_of_grad(put: Put, name: str):
     arrays, pick, axes, options = vmapped(name)
-    differentiated = [operand for operand in ("q", "k", "v", "sinks") if operand in arrays]
+    differentiated = [operand for operand in ("q", "k", "v", "sinks", "bias") if operand in arrays]
     constant = [operand for operand in arrays if operand not in differentiated]
 
     def loss(given: dict[str, Any], fixed: dict[str, Any]) -> Any:
@@ -408,7 +422,7 @@ def test_vmap_is_one_call_where_that_is_possible():
         call = jax.vmap(lambda given, options=options: flash_attention(**given, **options), in_axes=in_axes)
         if "scan" in primitives(jax.make_jaxpr(call)(arrays).jaxpr):
             loops.add(name)
-    assert loops == {"dropout", "own boundaries"}
+    assert loops == {"dropout", "mask, dropout", "own boundaries"}
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------

@@ -201,6 +201,29 @@ def test_a_backward_by_the_portable_kernels(compiled_for: Any):
     assert all("map" not in call.buffers for call in calls)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 300, 300), (300, 300)])
+def test_a_bias_and_a_mask_take_the_portable_kernels(compiled_for: Any, shape: tuple[int, ...]):
+    """dbias is written at once, or is a sum in the workspace that a kernel of its own rounds."""
+    compiled_for(HOPPER)
+    bias, mask = jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct((300,), jnp.bool_)
+
+    def loss(q: Any, k: Any, v: Any, bias: Any, mask: Any) -> Any:
+        return flash_attention(q, k, v, bias=bias, mask=mask).astype(jnp.float32).sum()
+
+    calls = lowered(jax.grad(loss, (0, 1, 2, 3)), *dense(jnp.bfloat16, 64), bias, mask)
+    names = [call.name.removeprefix("cuflash_") for call in calls]
+    broadcast = len(shape) < 4
+    assert names == [
+        *("forward_portable", "backward_prepare", "backward_portable_dkv", "backward_portable_dq"),
+        *(("backward_bias",) if broadcast else ()),
+    ]
+    of_dq = calls[3]
+    # q, k, v, dout; lse, bias, mask, delta; dq, and dbias or its sum
+    assert of_dq.buffers == ["pointer"] * 10
+    assert [size for size in of_dq.zeroed if size] == ([4 * 300 * 300] if broadcast else [])
+    assert len(of_dq.arguments) == 10 + len(flat.DENSE_NUMBERS)
+
+
 def loss_with_sinks(q: Any, k: Any, v: Any, sinks: Any) -> Any:
     out, lse = flash_attention(q, k, v, sinks=sinks, causal=True, return_lse=True)
     return out.sum() + lse.sum()

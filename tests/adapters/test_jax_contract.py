@@ -18,8 +18,8 @@ import cuflash
 from tests.adapters import jax_backend
 from tests.contract.backends import Backend
 from tests.contract.cases import CASES, Case, make_inputs
-from tests.contract.conftest import Prepared
-from tests.contract.expected import expected_backward, expected_forward
+from tests.contract.conftest import Prepared, prepare
+from tests.contract.test_bias import CASES as DENSE_CASES
 from tests.contract.test_contract import (  # noqa: F401
     OTHER_CASES,
     test_a_sink_far_below_every_score,
@@ -34,7 +34,7 @@ from tests.contract.test_contract import (  # noqa: F401
     test_seed_decides_what_is_dropped,
 )
 
-IN_JAX = [replace(case, gradients="new", gradients_dtype="same") for case in CASES]
+IN_JAX = [replace(case, gradients="new", gradients_dtype="same") for case in (*CASES, *DENSE_CASES)]
 
 
 @pytest.fixture(params=jax_backend.BACKENDS)
@@ -76,7 +76,4 @@ def lower(case: Case) -> None:
 
 @pytest.fixture(scope="module", params=[pytest.param(case, id=case.name) for case in IN_JAX])
 def prepared(request: pytest.FixtureRequest) -> Prepared:
-    case = request.param
-    inputs = make_inputs(case)
-    forward = expected_forward(case, inputs)
-    return Prepared(case, inputs, forward, expected_backward(case, inputs, forward))
+    return prepare(request.param)

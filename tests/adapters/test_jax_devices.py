@@ -99,6 +99,24 @@ SPREAD = {
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("shape", [(BATCH, HEADS, Q_LEN, KV_LEN), (1, HEADS, 1, KV_LEN), (BATCH, 1, Q_LEN, 1), ()])
+@pytest.mark.parametrize("case", ["batch", "batch and heads", "heads, two devices for one of keys"])
+def test_jit_partitions_with_a_bias(make_mesh: MakeMesh, case: str, shape: tuple[int, ...], kind: AxisType):
+    mesh_shape, kv_heads, local = SPREAD[case]
+    mesh = make_mesh(*mesh_shape, kind)
+    arrays = attention_arrays(kv_heads) | {"bias": draw(*shape), "mask": draw(BATCH, 1, 1, KV_LEN, seed=5) < 1}
+    rows = P("data", None, "model" if kv_heads % mesh_shape[1] == 0 else None)
+    specs = {"q": P("data", None, "model"), "k": rows, "v": rows, "sinks": P("model")}
+    given = {name: jax.device_put(x, NamedSharding(mesh, specs.get(name, P()))) for name, x in arrays.items()}
+    mask = given.pop("mask")
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(partial(loss, mask=mask))).lower(given).compile()
+        gradients = step(given)
+    assert local_shapes(step, "cuflash_backward") == [local]
+    assert_gradients(gradients, expected_gradients(arrays))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("case", SPREAD)
 def test_jit_partitions_batch_and_heads(make_mesh: MakeMesh, case: str, kind: AxisType):
     shape, kv_heads, local = SPREAD[case]

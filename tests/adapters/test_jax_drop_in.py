@@ -73,6 +73,37 @@ def test_like_jax_nn(put: Put, mask: str, lengths: tuple[int, int]):  # noqa: F8
         assert_close(a, np.asarray(e))
 
 
+@pytest.mark.parametrize("lengths", [(24, 24), (40, 24), (24, 40)])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"local_window_size": 30}])
+@pytest.mark.parametrize("shape", ["full", "keys", "queries"])
+def test_bias_and_mask_like_jax_nn(put: Put, shape: str, options: dict[str, Any], lengths: tuple[int, int]):  # noqa: F811
+    q_len, kv_len = lengths
+    arrays, weight = arrays_of(put, *lengths), draw(q_len, HEADS, DIM, seed=9)
+    shapes = {"full": (BATCH, HEADS, q_len, kv_len), "keys": (1, HEADS, 1, kv_len), "queries": (BATCH, 1, q_len, 1)}
+    bias = put(draw(*shapes[shape], seed=3))
+    mask = draw(BATCH, 1, q_len, kv_len, seed=4) < 0.8
+    mask[..., 0] = True
+    lengths_of_keys = put(np.array([kv_len, kv_len - 5], np.int32)) if not options else None
+
+    def both(function: Any) -> Any:
+        def call(*given: Any, return_residual: bool) -> Any:
+            *qkv, bias = given
+            more = {"bias": bias, "mask": put(mask), "key_value_seq_lengths": lengths_of_keys, **options}
+            return function(*qkv, **more, return_residual=return_residual)
+
+        def loss(*given: Any) -> Any:
+            out, residual = call(*given, return_residual=True)
+            return (out * weight).sum(), (out, residual)
+
+        gradients, results = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(*arrays, bias)
+        return *results, *gradients
+
+    with jax.default_matmul_precision("highest"):
+        expected = both(jax.nn.dot_product_attention)
+    for a, e in zip(both(dot_product_attention), expected, strict=True):
+        assert_close(a, np.asarray(e))
+
+
 @pytest.mark.parametrize("which", ["query", "key", "both", "the same, causal", "the same, window"])
 def test_sequence_lengths_like_jax_nn(put: Put, which: str):  # noqa: F811
     arrays = arrays_of(put, 24, 24) if "the same" in which else arrays_of(put, 24, 40)
@@ -117,8 +148,8 @@ def test_sinks_and_queries_without_keys(put: Put):  # noqa: F811
 
 
 BAD: dict[str, tuple[dict[str, Any], str, type[Exception]]] = {
-    "bias": ({"bias": np.zeros((1, 1, 5, 5), np.float32)}, "is_causal", cuflash.UnsupportedError),
-    "mask": ({"mask": np.ones((1, 1, 5, 5), bool)}, "is_causal", cuflash.UnsupportedError),
+    "bias": ({"bias": np.zeros((1, 1, 5, 4), np.float32)}, "broadcasts", ValueError),
+    "mask": ({"mask": np.ones((3, 1, 5, 5), bool)}, "broadcasts", ValueError),
     "implementation": ({"implementation": "cudnn"}, "None", ValueError),
     "is_causal": ({"is_causal": 1}, "True or False", TypeError),
     "local_window_size": ({"local_window_size": (3, -1)}, ">= 0", ValueError),
@@ -232,8 +263,8 @@ def test_flax_modules(put: Put, module: str):  # noqa: F811
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"mask": np.ones((1, 1, 4, 4), bool)}, "mask"),
-        ({"bias": np.ones((1, 1, 4, 4), np.float32)}, "bias"),
+        ({"mask": np.ones((1, 1, 4, 5), bool)}, "mask"),
+        ({"bias": np.ones((1, 1, 1, 4, 4), np.float32)}, "bias"),
         ({"dropout_rate": 0.1}, "dropout_rate"),
         ({"module": object()}, "module"),
         ({"precision": "highest"}, "precision"),
@@ -253,6 +284,14 @@ def test_attention_fn_takes_any_batch_axes_and_a_dtype():
     np.testing.assert_array_equal(
         np.asarray(out).reshape(merged.shape), cuflash.flash_attention(merged, merged, merged)
     )
+
+
+def test_attention_fn_takes_flax_masks_and_biases():
+    x = jnp.asarray(draw(2, 3, 4, HEADS, DIM))
+    mask = np.tril(np.ones((2, 1, 1, 4, 4), np.float32))
+    bias = jnp.asarray(draw(HEADS, 1, 4), jnp.bfloat16)
+    found = attention_fn(x, x, x, bias, mask)
+    assert_close(found, np.asarray(attention_fn(x, x, x, bias.astype(jnp.float32), is_causal=True)))
 
 
 # ---- training ----------------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-import cuflash
-
 torch = pytest.importorskip("torch")
 adapter = pytest.importorskip("cuflash.adapters.torch")
 sdpa = pytest.importorskip("cuflash.adapters.torch.sdpa")
@@ -84,6 +82,36 @@ def test_masks_of_keys(shape: tuple[int, ...], device: str):
     assert_as_torch(tensors, attn_mask=mask.to(device))
 
 
+@pytest.mark.parametrize("shape", [(5, 9), (4, 1, 9), (2, 1, 5, 9), (2, 4, 5, 9), (2, 1, 5, 1)])
+@pytest.mark.parametrize("additive", [False, True])
+def test_dense_masks(shape: tuple[int, ...], additive: bool, device: str):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(shape, generator=generator) < 0.6
+    mask[..., :1] = True
+    tensors = inputs((2, 4, 5, 8), (2, 4, 9, 8), None, device)
+    if additive:
+        mask = torch.randn(shape, generator=generator).masked_fill(~mask, float("-inf"))
+        mask = mask.to(tensors[0].dtype)
+    assert_as_torch(tensors, attn_mask=mask.to(device))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4, 6, 7), (3, 1, 1, 6, 7), (1, 1, 4, 6, 1), (2, 4, 6, 7), (6, 7)])
+def test_dense_masks_with_any_leading_axes(shape: tuple[int, ...], device: str):
+    tensors = inputs((3, 2, 4, 6, 8), (3, 2, 4, 7, 8), None, device)
+    mask = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(tensors[0])
+    assert_as_torch(tensors, attn_mask=mask)
+
+
+def test_the_gradient_of_an_additive_mask(device: str):
+    tensors = inputs((2, 4, 5, 8), (2, 4, 9, 8), None, device)
+    mask = torch.randn(4, 1, 9, generator=torch.Generator().manual_seed(0)).to(tensors[0]).requires_grad_()
+    found, expected = (
+        torch.autograd.grad(function(*tensors, attn_mask=mask).square().sum(), mask)[0]
+        for function in (adapter.scaled_dot_product_attention, torch_own)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_masks_of_keys_without_heads(device: str):
     mask = torch.tensor([[[True, False, True]], [[False, True, True]]], device=device)
     assert_as_torch(inputs((2, 5, 8), (2, 3, 8), None, device), attn_mask=mask)
@@ -102,9 +130,9 @@ def test_a_query_without_keys_is_zero(device: str):
 @pytest.mark.parametrize(
     ("options", "message", "error"),
     [
-        ({"attn_mask": torch.zeros(1, 1, 1, 9)}, "attn_mask: got an additive mask", cuflash.UnsupportedError),
-        ({"attn_mask": torch.ones(5, 9).bool()}, r"attn_mask: got a mask of shape \(5, 9\)", cuflash.UnsupportedError),
-        ({"attn_mask": torch.ones(1, 4, 1, 9).bool()}, r"shape \(1, 4, 1, 9\)", cuflash.UnsupportedError),
+        ({"attn_mask": torch.zeros(1, 1, 1, 9).half()}, "bias: got dtype float16", TypeError),
+        ({"attn_mask": torch.ones(2, 2, 5, 9)}, r"attn_mask: got shape \(2, 2, 5, 9\)", ValueError),
+        ({"attn_mask": torch.ones(1, 2, 4, 5, 9).bool()}, r"attn_mask: got shape \(1, 2, 4, 5, 9\)", ValueError),
         ({"attn_mask": torch.ones(1, 1, 1, 8).bool()}, r"attn_mask: got shape", ValueError),
         ({"attn_mask": torch.ones(1, 9).bool(), "is_causal": True}, "attn_mask: .*is_causal=True", ValueError),
         ({"attn_mask": [True] * 9}, "attn_mask: got .*list", TypeError),

@@ -30,7 +30,7 @@ def dtype_on(device: str) -> torch.dtype:
 
 def normal(*shape: int, device: str = "cpu", seed: int = 0, grad: bool = True) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed + sum(shape))
-    x = torch.randn(*shape, dtype=torch.float64, generator=generator)
+    x = torch.randn(shape, dtype=torch.float64, generator=generator)
     return x.to(device, dtype_on(device)).requires_grad_(grad)
 
 
@@ -270,6 +270,25 @@ def test_vmap_with_dropout_says_what_it_would_take():
         torch.vmap(vjp, randomness="different")(torch.stack([q, q]))
 
 
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("shape", [(2, HEADS, 7, 9), (HEADS, 1, 9), (2, 1, 7, 1), (7, 9)])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_vmap_of_a_bias_and_a_mask(mapped: bool, shape: tuple[int, ...], with_sinks: bool, device: str):
+    q, k, v, sinks = operands(device, grad=False)
+    qs, (*batch, last) = torch.stack([q, -q, 2 * q]), shape
+    bias = normal(*batch, 3, last, device=device, grad=False) if mapped else normal(*shape, device=device, grad=False)
+    mask = torch.ones(3, 7, 9, device=device).tril(3).bool()
+    mask[1] = True
+
+    def gradient(q: Any, bias: Any, mask: Any) -> Any:
+        options = {"bias": bias, "mask": mask, "sinks": sinks if with_sinks else None}
+        return torch.func.grad(lambda q, bias: loss(q, k, v, **(options | {"bias": bias})), (0, 1))(q, bias)
+
+    found = torch.vmap(gradient, (0, len(batch) if mapped else None, 0))(qs, bias, mask)
+    each = [gradient(qs[i], bias.select(-2, i) if mapped else bias, mask[i]) for i in range(3)]
+    assert_same(found, tuple(torch.stack(parts) for parts in zip(*each, strict=True)))
+
+
 def test_vmap_over_boundaries_raises():
     q, k, v = (normal(8, HEADS, DIM, grad=False) for _ in range(3))
     ends = torch.tensor([[0, 8], [0, 5]])
@@ -372,13 +391,14 @@ OPERATOR_CASES: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": True},
     "packed": {"packed": True},
     "packed, layout, sinks": {"packed": True, "layout": "bhsd", "sinks": True},
+    "bias, mask, sinks": {"bias": True, "sinks": True},
 }
 
 
 @pytest.mark.parametrize("name", OPERATOR_CASES)
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(name: str, grad: bool, device: str):
-    case = {"layout": "bshd", "sinks": False, "packed": False} | OPERATOR_CASES[name]
+    case = {"layout": "bshd", "sinks": False, "packed": False, "bias": False} | OPERATOR_CASES[name]
     q, k, v, sinks = operands(device, q_len=8, kv_len=8, grad=grad)
     ends = None
     if case["packed"]:
@@ -387,13 +407,59 @@ def test_opcheck(name: str, grad: bool, device: str):
     if case["layout"] == "bhsd":
         q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
     q, k, v = (x.detach().requires_grad_(grad) for x in (q, k, v))
-    inputs = (q, k, v, None, sinks if case["sinks"] else None, ends, ends)
+    bias = normal(1, HEADS, 8, 1, device=device, grad=grad) if case["bias"] else None
+    mask = torch.ones(8, 8, device=device).tril(2).bool() if case["bias"] else None
+    inputs = (q, k, v, None, sinks if case["sinks"] else None, ends, ends, bias, mask)
     more = (torch.tensor(3), True, 3, None, 0.3, 2.0, 0.2, False, False, case["layout"], None)
     torch.library.opcheck(torch.ops.cuflash.fwd.default, (*inputs, *more))
     inputs = tuple(None if x is None else x.detach() for x in inputs)
     out, lse = torch.ops.cuflash.fwd(*inputs, *more)
-    backward = (torch.ones_like(out), *inputs, out, lse, torch.ones_like(lse), *more, "fast")
+    backward = (torch.ones_like(out), *inputs, out, lse, torch.ones_like(lse), *more, "fast", True)
     torch.library.opcheck(torch.ops.cuflash.bwd.default, backward)
+
+
+# ---- bias and mask -----------------------------------------------------------------------------------------------
+
+
+def test_gradcheck_of_a_bias():
+    q, k, v, sinks = operands(q_len=3, kv_len=4)
+    mask = torch.tensor([[True, True, False, True]])
+    for shape in ((2, HEADS, 3, 4), (HEADS, 1, 4), (3, 1), ()):
+        bias = normal(*shape)
+        inputs = (q, k, v, sinks, bias)
+        assert torch.autograd.gradcheck(lambda *x: attend(*x[:4], bias=x[4], mask=mask, return_lse=True), inputs)
+
+
+def test_a_bias_without_gradients_gets_none(device: str, monkeypatch: pytest.MonkeyPatch):
+    *inputs, bias = operands(device)[:3] + [normal(7, 9, device=device, grad=False)]
+    expected = gradients(lambda *x: loss(*x, bias=bias.clone().requires_grad_()), inputs)
+    asked = []
+    backward = _call.backward
+
+    def watch(*arguments: Any, **options: Any) -> Any:
+        asked.append(options["with_dbias"])
+        return backward(*arguments, **options)
+
+    monkeypatch.setattr(_call, "backward", watch)
+    assert_same(gradients(lambda *x: loss(*x, bias=bias), inputs), expected)
+    assert asked == [False]
+
+
+def test_a_bias_under_autocast_and_compile(device: str):
+    torch._dynamo.reset()
+    inputs = [*operands(device)[:3], normal(HEADS, 1, 9, device=device)]
+    mask = torch.ones(7, 9, device=device).tril(3).bool()
+
+    def with_bias(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        return loss(q, k, v, bias=bias, mask=mask)
+
+    compiled = torch.compile(with_bias, fullgraph=True, backend="aot_eager")
+    assert_same(gradients(compiled, inputs), gradients(with_bias, inputs))
+    inputs = [x.detach().float().requires_grad_() for x in inputs]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = attend(*inputs[:3], bias=inputs[3].bfloat16(), mask=mask)
+    assert out.dtype == torch.bfloat16
+    assert all(x.dtype == torch.float32 for x in torch.autograd.grad(out.sum(), inputs))
 
 
 # ---- torch's other machinery -------------------------------------------------------------------------------------

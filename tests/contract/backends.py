@@ -29,7 +29,7 @@ class Backend:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     marks: tuple[pytest.MarkDecorator, ...] = ()
     memory: Callable[[Any], np.ndarray] | None = None  # all of the memory that an array made by `array` is a view of
-    dense: bool = False  # it takes bias and mask
+    dense: bool = True  # it takes bias and mask
     adapter: bool = False  # another entry's backend through an adapter: laws of the results are that entry's
     forced_arch: str | None = None  # CUFLASH_FORCE_ARCH; the backend compiles a kernel for each new Spec
     # What the products of a result lose by their documented precision: (case, inputs, name, oracle) -> error
@@ -221,16 +221,17 @@ def autograd_backward(
     import torch
 
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    if options.get("sinks") is not None:
-        options["sinks"] = options["sinks"].detach().requires_grad_()
-        leaves.append(options["sinks"])
+    for name in ("sinks", "bias"):
+        if options.get(name) is not None:
+            options[name] = options[name].detach().requires_grad_()
+            leaves.append(options[name])
     results = cuflash.flash_attention(*leaves[:3], return_lse=True, **options)
     used = 1 if dlse is None else 2
     gradients = torch.autograd.grad(results[:used], leaves, (dout, dlse)[:used])
     for target, gradient in zip((dq, dk, dv), gradients, strict=False):
         if target is not None:
             target.copy_(target + gradient if accumulate else gradient)
-    given = (*(dq, dk, dv), None)
+    given = (dq, dk, dv, None, None)
     return tuple(x if target is None else target for x, target in zip(gradients, given, strict=False))
 
 
@@ -252,8 +253,8 @@ def _torch(device: str, *, autograd: bool) -> Backend:
 
 
 BACKENDS = [
-    Backend(name="numpy", array=lambda x: x, numpy=lambda x: x, memory=memory_of, dense=True),
-    Backend(name="dlpack", array=DLPackArray, numpy=lambda x: x._array, dense=True),
+    Backend(name="numpy", array=lambda x: x, numpy=lambda x: x, memory=memory_of),
+    Backend(name="dlpack", array=DLPackArray, numpy=lambda x: x._array),
     _cupy("native", "float16", "bfloat16", "float32"),
     _cupy("sm_80", "float16", "bfloat16", "float32"),
     _cupy("sm_75", "float16"),
@@ -266,6 +267,7 @@ BACKENDS = [
         dtypes=("float16",),
         marks=(pytest.mark.gpu_adapter,),
         memory=memory_of,
+        dense=False,
         forced_arch="",
         arithmetic=tensor_core_error,
     ),

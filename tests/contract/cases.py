@@ -38,6 +38,9 @@ class Case:
     softcap: float | None = None
     alibi: str | None = None  # "heads": float32 [heads]; "batch": q's dtype [batch, heads]
     sinks: str | None = None  # their dtype: "float32" or "same"
+    bias: str | None = None  # by which of DENSE it is broadcast; it masks a few pairs
+    bias_dtype: str = "float32"  # or "same"
+    mask: str | None = None  # the same, of bool
     dropout_p: float = 0.0
     seed: int | None = None
     deterministic: bool = False
@@ -53,6 +56,11 @@ class Case:
     @property
     def accumulation_dtype(self) -> str:
         return "float64" if self.dtype == "float64" else "float32"
+
+
+# The axes of [batch, heads, q_len, kv_len] that a bias or a mask has; the others are of length 1, or not there at all
+# where all before the first are.
+DENSE = {"full": "bhqk", "heads": "hqk", "batch": "bqk", "keys": "bk", "queries": "q", "number": ""}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +108,8 @@ def make_inputs(case: Case) -> Inputs:
     if case.sinks is not None:
         options["sinks"] = rng.standard_normal(case.heads).astype(dtype if case.sinks == "same" else np.float32)
 
+    options |= _dense(case)
+
     q = normal(*q_shape, case.heads, case.head_dim)
     k = normal(*kv_shape, case.kv_heads, case.head_dim)
     v = normal(*kv_shape, case.kv_heads, case.head_dim_v)
@@ -128,6 +138,26 @@ def make_inputs(case: Case) -> Inputs:
         options=options,
         given={name: lay_out(array, case.layout, own_strides) for name, array in given.items()},
     )
+
+
+def _dense(case: Case) -> dict[str, np.ndarray]:
+    """The bias and the mask."""
+    rng = np.random.default_rng(zlib.crc32(f"{case.name}, dense".encode()))
+    dense: dict[str, np.ndarray] = {}
+
+    def shape(kind: str) -> tuple[int, ...]:
+        lengths = dict(zip("bhqk", (case.batch, case.heads, case.q_len, case.kv_len), strict=True))
+        first = "bhqk".index(DENSE[kind][0]) if kind != "number" else 4
+        return tuple(lengths[axis] if axis in DENSE[kind] else 1 for axis in "bhqk"[first:])
+
+    if case.bias is not None:
+        bias = rng.standard_normal(shape(case.bias))
+        if bias.size > 1:
+            bias[rng.random(bias.shape) < 0.05] = -np.inf
+        dense["bias"] = bias.astype(DTYPES[case.dtype] if case.bias_dtype == "same" else np.float32)
+    if case.mask is not None:
+        dense["mask"] = np.asarray(rng.random(shape(case.mask)) < 0.7)
+    return dense
 
 
 def lay_out(array: np.ndarray, layout: str, strides: str) -> np.ndarray:

@@ -102,8 +102,11 @@ def spec_of(case: Case) -> Spec:
         softcap=case.softcap is not None,
         alibi=case.alibi is not None,
         sinks=case.sinks is not None,
+        bias=case.bias is not None,
+        mask=case.mask is not None,
         packed=case.sequences is not None,
         dropout=case.dropout_p > 0,
+        deterministic=case.deterministic and case.bias is not None,
     )
 
 
@@ -124,9 +127,12 @@ class Prepared:
     backward: dict[str, Expected]
 
 
-@pytest.fixture(scope="module", params=[pytest.param(case, id=case.name) for case in CASES])
-def prepared(request: pytest.FixtureRequest) -> Prepared:
-    case = request.param
+def prepare(case: Case) -> Prepared:
     inputs = make_inputs(case)
     forward = expected_forward(case, inputs)
     return Prepared(case, inputs, forward, expected_backward(case, inputs, forward))
+
+
+@pytest.fixture(scope="module", params=[pytest.param(case, id=case.name) for case in CASES])
+def prepared(request: pytest.FixtureRequest) -> Prepared:
+    return prepare(request.param)

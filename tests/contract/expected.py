@@ -59,11 +59,38 @@ def expected_backward(case: Case, inputs: Inputs, forward: dict[str, Expected]) 
             typical = _typical_dsinks_error(inputs, forward)
         elif name == "dbias":
             result_dtype = inputs.options["bias"].dtype
+            typical = _typical_dbias_error(inputs, forward)
         if given is not None and case.gradients == "added to":
             exact = exact + given.astype(np.float64)
             rounded = (rounded.astype(case.accumulation_dtype) + given).astype(result_dtype)
         expected[name] = Expected(exact, rounded, result_dtype, tolerance.GRADIENT, typical)
     return expected
+
+
+def _typical_dbias_error(inputs: Inputs, forward: dict[str, Expected]) -> float:
+    """How far a naive dbias that is summed over the keys is off on average, as below: dS of a row adds up to dLSE, of
+    terms that cancel but for the errors of LSE and D."""
+    bias = inputs.options["bias"]
+    if bias.ndim > 0 and bias.shape[-1] != 1:
+        return 0.0
+    shape = (1,) * (4 - bias.ndim) + bias.shape
+    summed = tuple(axis for axis in range(3) if shape[axis] == 1)
+    of_rows, lse_error = _row_terms(inputs, forward)
+    errors = np.sqrt((of_rows**2).sum(axis=summed))
+    return float((lse_error + tolerance.unit_roundoff(forward["out"].dtype)) * errors.max(initial=0.0))
+
+
+def _row_terms(inputs: Inputs, forward: dict[str, Expected]) -> tuple[np.ndarray, float]:
+    """|D| + |dLSE| of every row [batch, heads, q_len], what D cancels counted; 0 for a row that attends to nothing. And
+    the largest error of a naive LSE."""
+    out, lse = forward["out"].oracle, forward["lse"].oracle
+    finite = np.isfinite(lse)
+    delta = np.abs(out * inputs.dout.astype(np.float64)).sum(axis=-1)
+    if inputs.options["layout"] == "bshd":
+        delta = delta.swapaxes(-1, -2)
+    dlse = 0.0 if inputs.dlse is None else np.abs(inputs.dlse)
+    lse_error = np.abs(forward["lse"].naive[finite] - lse[finite]).max(initial=0.0)
+    return np.where(finite, delta + dlse, 0), float(lse_error)
 
 
 def _typical_dsinks_error(inputs: Inputs, forward: dict[str, Expected]) -> float:
@@ -72,16 +99,9 @@ def _typical_dsinks_error(inputs: Inputs, forward: dict[str, Expected]) -> float
     dsinks is a sum over all rows of exp(sink - LSE) * (dLSE - D). Each term has the error of LSE and that of D, whose O
     is kept in the dtype; the errors of n terms add up as the root of the sum of their squares.
     """
-    out, lse = forward["out"].oracle, forward["lse"].oracle
-    finite = np.isfinite(lse)
-    delta = np.abs(out * inputs.dout.astype(np.float64)).sum(axis=-1)
-    if inputs.options["layout"] == "bshd":
-        delta = delta.swapaxes(-1, -2)
-    dlse = 0.0 if inputs.dlse is None else np.abs(inputs.dlse)
+    lse = forward["lse"].oracle
     sinks = inputs.options["sinks"].astype(np.float64)
-    terms = np.where(
-        finite, np.exp(sinks[:, None] - np.where(finite, lse, 0)) * (delta + dlse), 0
-    )  # [batch, heads, q_len]
+    of_rows, lse_error = _row_terms(inputs, forward)
+    terms = np.exp(sinks[:, None] - np.where(np.isfinite(lse), lse, 0)) * of_rows  # [batch, heads, q_len]
     of_a_head = np.sqrt((terms**2).sum(axis=-1).reshape(-1, len(sinks)).sum(axis=0))
-    lse_error = np.abs(forward["lse"].naive[finite] - lse[finite]).max(initial=0.0)
     return float((lse_error + tolerance.unit_roundoff(forward["out"].dtype)) * of_a_head.max(initial=0.0))

@@ -57,7 +57,7 @@ def call_of(
     boundaries = signature(batch + 1, dtype="int32") if packed else None
     extras = signature(batch, heads) if alibi else None, signature(heads) if sinks else None, boundaries, boundaries
     options = (False, None, None, None, dropout_p, True, False, False, layout, "cuda")
-    plan = plans.forward(tensor(heads), tensor(kv_heads), tensor(kv_heads), *extras, *options)
+    plan = plans.forward(tensor(heads), tensor(kv_heads), tensor(kv_heads), *extras, None, None, *options)
     inputs = {name: array for name, array in plan.inputs.items() if array is not None}
     results = {"out": plan.out, "lse": plan.lse}
     if backward:
@@ -458,11 +458,11 @@ def test_the_bound_of_the_workspace_holds(
 
     q = signature(length, 4, dim) if packed else signature(3, length, 4, dim)
     ends = signature(4, dtype="int32") if packed else None
-    inputs = (q, q, q, None, None, ends, ends)
+    inputs = (q, q, q, None, None, ends, ends, None, None)
     options = (False, None, None, None, 0.0, False, deterministic, False, "bshd", None)
     forward = plans.forward(*inputs, *options)
     others = (forward.out, forward.out, forward.lse, None, None, None, None)
-    plan = plans.backward(*others, *inputs, False, "lean" if lean else "fast", *options)
+    plan = plans.backward(*others, *inputs, False, "lean" if lean else "fast", True, *options)
     target = Target.named(arch)
     for backward, call in ((False, forward), (True, plan)):
         steps, _ = call.steps(launch.Machine(target, 132, tuning.SHARED_MEMORY[target.path]))

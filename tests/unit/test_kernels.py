@@ -30,6 +30,13 @@ EVERYTHING = {
     "packed": True,
     "dropout": True,
 }
+DENSE: dict[str, dict[str, bool]] = {
+    "bias": {"bias": True},
+    "mask": {"mask": True, "bounded_right": True},
+    "mask, everything": {**EVERYTHING, "packed": False, "mask": True},
+    "everything": {**EVERYTHING, "packed": False, "bias": True, "mask": True},
+    "everything, in order": {**EVERYTHING, "packed": False, "bias": True, "mask": True, "deterministic": True},
+}
 
 
 def _spec(dtype: str, head_dim: int, head_dim_v: int | None = None, **options: bool) -> Spec:
@@ -90,6 +97,30 @@ def test_other_dims_alignments_and_tf32() -> None:
 
 
 @pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("how", DENSE)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_bias_and_mask(arch: str, how: str) -> None:
+    target = Target.named(arch)
+    dtypes = ("float16",) if arch == "sm_75" else ("bfloat16", "float32")
+    specs = [_spec(dtype, dim, **DENSE[how]) for dtype, dim in product(dtypes, HEAD_DIMS)]
+    jobs = [job for spec in specs for job in jobs_of(spec, target)]
+    assert not any("hopper" in name for name, *_ in jobs)
+    _check([job for job in jobs if job[1].bias or job[1].mask])
+
+
+@pytest.mark.usefixtures("compiler")
+def test_bias_and_mask_of_other_dims_and_alignments() -> None:
+    target = Target.named("sm_80")
+    jobs = jobs_of(_spec("bfloat16", 72, 40, bias=True, deterministic=True), target)
+    jobs += jobs_of(_spec("float32", 200, 8, bias=True, mask=True, deterministic=True), target)
+    jobs += jobs_of(_spec("bfloat16", 33, 65, bias=True, mask=True), target, vector=2)
+    jobs += jobs_of(_spec("float32", 33, 250, bias=True, deterministic=True), target, vector=4)
+    jobs += jobs_of(_spec("float32", 128, bias=True, allow_tf32=True), target)
+    jobs += jobs_of(_spec("float16", 40, mask=True), Target.named("sm_75"), vector=2)
+    _check(jobs)
+
+
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("options", [{"bounded_right": True}, {**EVERYTHING}])
 def test_hopper_forward(options: dict[str, bool], packed: bool) -> None:
@@ -143,23 +174,29 @@ def test_forced_paths_compile_for_a_newer_gpu(path: int) -> None:
 @pytest.mark.usefixtures("compiler")
 def test_params_are_packed_as_the_kernels_read_them() -> None:
     target = Target.named("sm_80")
-    spec = tuning.kernel_spec("backward_prepare", PLAIN)
-    text = jit.source("backward_prepare", spec, tuning.tile_of("backward_prepare", spec, target.path, 16))
+    spec = _spec("bfloat16", 64, bias=True)
+    text = jit.source("backward_bias", spec, tuning.tile_of("backward_bias", spec, target.path, 16))
     checks = [f"static_assert(sizeof(Params) == {launch.PARAMS_STRUCT.size});"]
+    checks += ["#pragma nv_diag_suppress 1427"]  # offsetof in a struct with bases
     for name, offset in launch.PARAMS_OFFSETS.items():
         checks.append(f"static_assert(__builtin_offsetof(Params, {name}) == {offset});")
     toolchain.compile_cubin(text + "\n".join(checks), target, name="params.cu")
     with pytest.raises(toolchain.KernelCompileError, match="static assertion failed"):
         toolchain.compile_cubin(text + checks[0].replace("==", "!="), target, name="params.cu")
+    spec = tuning.kernel_spec("backward_prepare", spec)
+    text = jit.source("backward_prepare", spec, tuning.tile_of("backward_prepare", spec, target.path, 16))
+    size = launch.PARAMS_OFFSETS["bias.data"]
+    toolchain.compile_cubin(f"{text}static_assert(sizeof(Params) == {size});", target, name="params.cu")
 
 
-def test_every_head_dim_has_a_tile_that_fits() -> None:
+@pytest.mark.parametrize("dense", [{}, {"bias": True}, {"bias": True, "deterministic": True}, {"mask": True}])
+def test_every_head_dim_has_a_tile_that_fits(dense: dict[str, bool]) -> None:
     counts: Counter[str] = Counter()
     for path, limit in tuning.SHARED_MEMORY.items():
         dtypes = ("float16",) if path < 800 else ("float16", "bfloat16", "float32")
         for dtype, head_dim, head_dim_v in product(dtypes, range(1, 257, 5), (1, 8, 64, 128, 129, 192, 256)):
             for name in tuning.kernels_of(PLAIN, backward=False) + tuning.kernels_of(PLAIN, backward=True):
-                spec = _spec(dtype, head_dim, head_dim_v)
+                spec = tuning.kernel_spec(name, _spec(dtype, head_dim, head_dim_v, **dense))
                 tile = tuning.tile_of(name, spec, path, 16)
                 assert tuning.shared_bytes(name, spec, tile) <= limit
                 assert path >= 800 or tile.stages == 1
@@ -218,6 +255,10 @@ def test_a_spec_is_reduced_to_what_a_kernel_depends_on() -> None:
     everything = _spec("bfloat16", 64, deterministic=True, **EVERYTHING)
     assert tuning.kernel_spec("backward_prepare", everything) == _spec("bfloat16", 64, packed=True)
     assert not tuning.kernel_spec("backward_portable_dq", everything).sinks
+    assert not tuning.kernel_spec("backward_portable_dq", everything).deterministic
+    with_bias = _spec("bfloat16", 64, deterministic=True, bias=True)
+    assert tuning.kernel_spec("backward_portable_dq", with_bias) == with_bias
+    assert not tuning.has_hopper(with_bias, backward=False)
     assert tuning.kernel_spec("backward_hopper", everything).lean  # registers do not suffice for dQ too
     assert tuning.kernel_spec("forward_portable", everything).sinks
 

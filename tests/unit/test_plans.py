@@ -22,7 +22,7 @@ def _inputs(layout: str = "bshd") -> list[Any]:
     q, k, v = (2, 5, 4, 16), (2, 7, 2, 16), (2, 7, 2, 8)
     if layout == "bhsd":
         q, k, v = ((b, h, n, d) for b, n, h, d in (q, k, v))
-    return [_signature(*q), _signature(*k), _signature(*v), None, None, None, None]
+    return [_signature(*q), _signature(*k), _signature(*v), *(None,) * 6]
 
 
 def test_equal_calls_share_a_plan() -> None:
@@ -50,17 +50,25 @@ def test_results_are_new_arrays_in_the_callers_layout() -> None:
 
 
 def test_gradients_look_like_the_inputs_unless_given() -> None:
-    *inputs, _, cu_q, cu_k = _inputs()
-    inputs = [*inputs[:3], None, _signature(4), cu_q, cu_k]
+    inputs = _inputs()
+    inputs[plans.INPUTS.index("sinks")], inputs[plans.INPUTS.index("bias")] = _signature(4), _signature(5, 7)
     forward = plans.forward(*inputs, *OPTIONS)
     given = _signature(2, 5, 4, 16, dtype="float32")._replace(strides=(640, 128, 32, 1))
     plan = plans.backward(
-        forward.out, forward.out, forward.lse, None, given, None, None, *inputs, False, "lean", *OPTIONS
+        forward.out, forward.out, forward.lse, None, given, None, None, *inputs, False, "lean", True, *OPTIONS
     )
     assert plan.lean
     assert plan.gradients["dq"] is given
     assert plan.gradients["dk"] == inputs[1]
     assert plan.gradients["dsinks"].shape == (4,)
+    assert plan.gradients["dbias"].shape == (5, 7)
+
+
+def test_a_bias_and_a_mask_have_four_axes_of_stride_0_where_they_are_broadcast() -> None:
+    array = Signature((4, 1, 7), (7, 3, 1), "float32", "cuda:0", True)
+    seen = plans.four_axes(array)
+    assert (seen.shape, seen.strides) == ((1, 4, 1, 7), (0, 7, 0, 1))
+    assert plans.four_axes(array._replace(shape=(), strides=())).strides == (0, 0, 0, 0)
 
 
 def test_head_major_tensors_are_seen_head_minor() -> None:
