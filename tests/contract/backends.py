@@ -103,7 +103,7 @@ def to_cupy(array: np.ndarray) -> Any:
     """The same values on the GPU, at the same strides in the same surroundings."""
     import cupy
 
-    base = np.ascontiguousarray(memory_of(array))
+    base = memory_of(array).ravel(order="K")
     offset = (array.__array_interface__["data"][0] - base.__array_interface__["data"][0]) // array.itemsize
     on_gpu = cupy.asarray(base).ravel()[offset if array.size else 0 :]
     return cupy.lib.stride_tricks.as_strided(on_gpu, array.shape, array.strides)
@@ -173,7 +173,7 @@ def to_torch(array: np.ndarray, device: str = "cpu") -> Any:
 
     if min(array.strides, default=0) < 0:
         array = np.ascontiguousarray(array)
-    base = np.ascontiguousarray(memory_of(array))
+    base = memory_of(array).ravel(order="K")
     offset = (array.__array_interface__["data"][0] - base.__array_interface__["data"][0]) // array.itemsize
     if array.dtype == ml_dtypes.bfloat16:
         memory = torch.from_numpy(base.view(np.int16)).view(torch.bfloat16)
