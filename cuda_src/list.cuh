@@ -1,12 +1,12 @@
 // The tasks of packed sequences. Their lengths are known on the device alone, so a kernel of one thread block lists the
-// tiles of one head, the longest first, and the Hopper kernels take their tasks from that list.
+// tiles of one head, and the Hopper kernels take their tasks from that list.
 #pragma once
 #include "barrier.cuh"
 #include "mask.cuh"
 
-// What p.tasks holds: first the number of tasks in `tile`, then the tasks.
+// What p.tasks holds: first their number in `tile`, then the tasks; and behind them list_tasks has some place.
 struct alignas(16) Record {
-    int index;  // of the sequence; NONE: there is no such task
+    int index;  // of the sequence
     int tile;   // of the sequence's own rows
     int q_start, q_len, kv_start, kv_len;
     int unused[2];
@@ -60,49 +60,43 @@ __device__ __forceinline__ void for_each_listed(const Params& p, const Mail& mai
         const Record record = records[1 + rank];
         const Sequence sequence{same(record.index), 0, same(record.q_start), same(record.kv_start), same(record.q_len),
                                 same(record.kv_len)};
-        if (sequence.index != NONE) visit(Work{sequence, head, same(record.tile), true});
+        visit(Work{sequence, head, same(record.tile), true});
         rank = next_rank();
     }
 }
 
-// One thread block lists the tiles of queries (BY_KEYS: of keys) by how many tiles of the other side they visit: a
-// counting sort, of which equal ones come out in any order. Where a kernel's tiles wait for each other
-// (SPEC.deterministic) they keep the order of find_work, gaps and all, in which those before come first.
+// One thread block lists the tiles of queries (BY_KEYS: of keys): the sequence whose tiles visit the most of the other
+// side first, so that the last tasks are short; and of a sequence the longest first, which under a right bound are the
+// last queries and the first keys. A sequence's tiles stay together, because they read the same. (And tiles of keys in
+// their order, which lets those wait for each other that SPEC.deterministic has wait.)
 template <bool BY_KEYS>
 __device__ __forceinline__ void list_tasks(const Params& p) {
     constexpr int ROWS = BY_KEYS ? TILE.cols : TILE.rows;
     const int tiles = BY_KEYS ? p.kv_tiles : p.q_tiles;
     Record* records = reinterpret_cast<Record*>(p.tasks);
-    auto list = [&](int rank, const Work& work) {
-        const Sequence& s = work.sequence;
-        const int index = work.exists ? s.index : NONE;
-        records[1 + rank] = Record{index, work.tile, s.q_start, s.q_len, s.kv_start, s.kv_len, {}};
-    };
-    auto number = [&](int tasks) { records[0] = Record{NONE, tasks, 0, 0, 0, 0, {}}; };
-    if constexpr (SPEC.deterministic) {
-        for (int i = threadIdx.x; i < tiles; i += THREADS) list(i, find_work<ROWS, BY_KEYS>(p, i, tiles, 1));
-        if (threadIdx.x == 0) number(tiles);
-        return;
-    }
+    int* starts = reinterpret_cast<int*>(records + 1 + tiles);  // of each sequence in the list
+    auto tiles_of_sequence = [](const Sequence& s) { return ceil_div(BY_KEYS ? s.kv_len : s.q_len, ROWS); };
 
-    // A place for each number of tiles visited, the largest first; several numbers share one where there are too many.
+    // A counting sort of the sequences: a place for each number of tiles visited, the largest first; several numbers
+    // share one where there are too many.
     __shared__ int places[THREADS];
     const int most = BY_KEYS ? p.q_len / TILE.rows + 1 : p.kv_len / TILE.cols + 1;
     int shift = 0;
     while (most >> shift >= THREADS) ++shift;
-    auto place = [&](const Work& work) {
-        const Band band(p, work.sequence);
-        const int first = work.tile * ROWS;
-        const int last = min(first + ROWS, BY_KEYS ? band.kv_len : band.q_len) - 1;
-        const TileRange visited = BY_KEYS ? band.q_tiles(first, last) : band.kv_tiles(first, last);
-        return &places[THREADS - 1 - (visited.last - visited.first >> shift)];
+    auto place = [&](const Sequence& s) {
+        const Band band(p, s);
+        auto visited = [&](int tile) {
+            const int first = tile * ROWS, last = min(first + ROWS, BY_KEYS ? s.kv_len : s.q_len) - 1;
+            const TileRange range = BY_KEYS ? band.q_tiles(first, last) : band.kv_tiles(first, last);
+            return range.last - range.first;
+        };
+        return &places[THREADS - 1 - (max(visited(0), visited(tiles_of_sequence(s) - 1)) >> shift)];
     };
-
     places[threadIdx.x] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < tiles; i += THREADS) {
-        const Work work = find_work<ROWS, BY_KEYS>(p, i, tiles, 1);
-        if (work.exists) atomicAdd(place(work), 1);
+    for (int i = threadIdx.x; i <= p.batch; i += THREADS) {
+        const Sequence s = packed_sequence<BY_KEYS>(p, i);
+        if (tiles_of_sequence(s) > 0) atomicAdd(place(s), tiles_of_sequence(s));
     }
     // How many tasks come before those of a place: sums that double their reach from step to step.
     __syncthreads();
@@ -114,11 +108,19 @@ __device__ __forceinline__ void list_tasks(const Params& p) {
         places[threadIdx.x] = sum += before;
         __syncthreads();
     }
-    if (threadIdx.x == THREADS - 1) number(sum);
+    if (threadIdx.x == THREADS - 1) records[0] = Record{0, sum, 0, 0, 0, 0, {}};
     places[threadIdx.x] = sum - own;
+    __syncthreads();
+    for (int i = threadIdx.x; i <= p.batch; i += THREADS) {
+        const Sequence s = packed_sequence<BY_KEYS>(p, i);
+        if (tiles_of_sequence(s) > 0) starts[i] = atomicAdd(place(s), tiles_of_sequence(s));
+    }
     __syncthreads();
     for (int i = threadIdx.x; i < tiles; i += THREADS) {
         const Work work = find_work<ROWS, BY_KEYS>(p, i, tiles, 1);
-        if (work.exists) list(atomicAdd(place(work), 1), work);
+        if (!work.exists) continue;
+        const Sequence& s = work.sequence;
+        const int place = !BY_KEYS && SPEC.bounded_right ? tiles_of_sequence(s) - 1 - work.tile : work.tile;
+        records[1 + starts[s.index] + place] = Record{s.index, work.tile, s.q_start, s.q_len, s.kv_start, s.kv_len, {}};
     }
 }

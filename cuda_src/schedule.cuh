@@ -49,6 +49,21 @@ __device__ __forceinline__ unsigned int rank_in_section(const Params& p, unsigne
     return rank;
 }
 
+// Packed sequence `i`; p.batch is that of the rows after the last boundary, of queries (BY_KEYS: of keys).
+template <bool BY_KEYS>
+__device__ __forceinline__ Sequence packed_sequence(const Params& p, int i) {
+    const void* own = BY_KEYS ? p.cu_seqlens_k : p.cu_seqlens_q;
+    const void* other = BY_KEYS ? p.cu_seqlens_q : p.cu_seqlens_k;
+    const bool beyond = i == p.batch;
+    const int start = boundary(p, own, i);
+    const int stop = beyond ? (BY_KEYS ? p.kv_len : p.q_len) : boundary(p, own, i + 1);
+    const int other_start = beyond ? 0 : boundary(p, other, i);
+    const int other_stop = beyond ? 0 : boundary(p, other, i + 1);
+    const int own_len = stop - start, other_len = other_stop - other_start;
+    return BY_KEYS ? Sequence{i, 0, other_start, start, other_len, own_len}
+                   : Sequence{i, 0, start, other_start, own_len, other_len};
+}
+
 // Where the tiles of TILE_ROWS queries of a sequence begin among those of a head, as find_work numbers them.
 template <int TILE_ROWS>
 __device__ __forceinline__ int first_tile(const Sequence& sequence) {
@@ -68,7 +83,6 @@ __device__ __forceinline__ Work find_work(const Params& p, int block, int tiles,
     if constexpr (SPEC.packed) {
         work.head = block / tiles % heads;
         const void* own = BY_KEYS ? p.cu_seqlens_k : p.cu_seqlens_q;
-        const void* other = BY_KEYS ? p.cu_seqlens_q : p.cu_seqlens_k;
         int low = 0, high = p.batch;  // the largest i whose first tile is at most `tile`
         while (low < high) {
             const int middle = (low + high + 1) / 2;
@@ -78,16 +92,9 @@ __device__ __forceinline__ Work find_work(const Params& p, int block, int tiles,
                 high = middle - 1;
             }
         }
-        const bool beyond = low == p.batch;
-        const int start = boundary(p, own, low);
-        const int stop = beyond ? (BY_KEYS ? p.kv_len : p.q_len) : boundary(p, own, low + 1);
-        const int other_start = beyond ? 0 : boundary(p, other, low);
-        const int other_stop = beyond ? 0 : boundary(p, other, low + 1);
-        work.tile = tile - (start / TILE_ROWS + low);
-        const int own_len = stop - start, other_len = other_stop - other_start;
-        work.sequence = BY_KEYS ? Sequence{low, 0, other_start, start, other_len, own_len}
-                                : Sequence{low, 0, start, other_start, own_len, other_len};
-        work.exists = work.tile * TILE_ROWS < own_len;
+        work.sequence = packed_sequence<BY_KEYS>(p, low);
+        work.tile = tile - ((BY_KEYS ? work.sequence.kv_start : work.sequence.q_start) / TILE_ROWS + low);
+        work.exists = work.tile * TILE_ROWS < (BY_KEYS ? work.sequence.kv_len : work.sequence.q_len);
     } else {
         // Unsigned: a division is half as long.
         const unsigned int number = block, tiles_a_head = tiles;

@@ -149,7 +149,7 @@ _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, h
     "backward_hopper_wide": ("bounded_left", "bounded_right", "alibi"),
     "backward_hopper_dq": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout"),
     "forward_list": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout"),
-    "backward_list": ("bounded_left", "bounded_right", "deterministic"),
+    "backward_list": ("bounded_left", "bounded_right"),
     "backward_prepare": (),
     "backward_finish": (),
     "backward_sinks": ("sinks",),
@@ -160,7 +160,7 @@ _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, h
 def kernel_spec(kernel: str, spec: Spec) -> Spec:
     """The Spec as far as a kernel's code depends on it, so that calls that differ elsewhere share one compilation."""
     relevant = {name: getattr(spec, name) for name in _RELEVANT[kernel]}
-    if kernel in ("backward_hopper", "backward_list") and _dq_alone(spec):
+    if kernel == "backward_hopper" and _dq_alone(spec):
         relevant |= {"lean": True, "deterministic": False}  # nothing is atomic then
     if kernel == "backward_portable_dq" and not spec.bias:
         relevant["deterministic"] = False  # it always is

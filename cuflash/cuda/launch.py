@@ -78,7 +78,7 @@ _WORDS = {  # of struct Params: where their pointers are
 }
 _SEED = PARAMS_OFFSETS["seed"] // _WORD
 _ALIGNMENT = 256  # of the parts of the workspace
-_RECORD = 32  # bytes of a listed task; one more tells their number
+_RECORD = 32  # bytes of a listed task
 
 Layouts = dict[str, Signature]  # the arrays of a call by their name in OPERANDS, head-minor; those that it has
 
@@ -334,9 +334,9 @@ def _workspace(problem: Problem, spec: Spec, tiles: dict[str, Tile], layouts: La
         sizes["dbias_sum"] = 4 * _summed(problem, layouts)
     if "forward_list" in tiles:
         sizes["tickets"] = 4
-        sizes["tasks"] = _RECORD * (1 + _tiles(problem, problem.q_len, tiles["forward_list"].rows))
+        sizes["tasks"] = _list_bytes(problem, _tiles(problem, problem.q_len, tiles["forward_list"].rows))
     if "backward_list" in tiles:
-        sizes["tasks"] = _RECORD * (1 + _tiles(problem, problem.kv_len, tiles["backward_list"].cols))
+        sizes["tasks"] = _list_bytes(problem, _tiles(problem, problem.kv_len, tiles["backward_list"].cols))
     if "backward_finish" in tiles:
         piece = tiles["backward_finish"]
         batch = 1 if spec.packed else problem.batch
@@ -344,6 +344,11 @@ def _workspace(problem: Problem, spec: Spec, tiles: dict[str, Tile], layouts: La
         sizes["dq_sum"] = 4 * pieces * piece.rows * piece.cols
         sizes["dq_turns"] = 4 * pieces if spec.deterministic else 0
     return {name: size for name, size in sizes.items() if size}
+
+
+def _list_bytes(problem: Problem, tiles: int) -> int:
+    """Of a list of tasks (cuda_src/list.cuh): a record of their number, one of each, and where each sequence starts."""
+    return _RECORD * (1 + tiles) + 4 * (problem.batch + 1)
 
 
 def workspace_bound(problem: Problem, *, backward: bool, lean: bool) -> int:

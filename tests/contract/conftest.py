@@ -41,6 +41,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             return True
         if (backend.adapter or backend.forced_arch is not None) and item.path.name == "test_properties.py":
             return False
+        if backend.forced_arch in getattr(item.module, "LIKE_NATIVE", ()):
+            return False
         return dtype is None or dtype in backend.dtypes
 
     left_out = [item for item in items if not fits(item)]
