@@ -87,44 +87,44 @@ struct Slot {
 struct Task {
     int q_first;  // its first row; NONE after the last task
     int head;
-    Sequence sequence;
+    int index;  // of the sequence
+    // Packed:
+    int q_start, kv_start, kv_len;
     int shift;  // the number of the sequence's first row
+
+    __device__ __forceinline__ Sequence sequence(const Params& p) const {
+        if constexpr (SPEC.packed) return Sequence{index, 0, q_start, kv_start, RAGGED, kv_len};
+        return Sequence{index, index, 0, 0, p.q_len, p.kv_len};
+    }
 };
 
-// Of sequences that are not packed: each has all rows.
-__device__ __forceinline__ Sequence whole_sequence(const Params& p, int batch) {
-    return Sequence{batch, batch, 0, 0, p.q_len, p.kv_len};
-}
-
 __device__ __forceinline__ void store_task(unsigned int task_smem, const Task& task) {
-    const Sequence& s = task.sequence;
-    store_shared(task_smem, task.q_first, task.head, s.index, s.kv_len);
-    if constexpr (SPEC.packed) store_shared(task_smem + 16, s.q_start, task.shift, 0, 0);
+    store_shared(task_smem, task.q_first, task.head, task.index, SPEC.packed ? task.kv_len : 0);
+    if constexpr (SPEC.packed) store_shared(task_smem + 16, task.q_start, task.shift, 0, 0);
 }
 
 // The task, without the place of its keys.
-__device__ __forceinline__ Task load_task(const Params& p, unsigned int task_smem) {
+__device__ __forceinline__ Task load_task(unsigned int task_smem) {
     const bool leader = threadIdx.x % 32 == 0;  // the lane that gives the slot back
-    unsigned int word[4] = {}, more[4] = {};
+    unsigned int word[4] = {};
     if (leader) load_shared(word, task_smem);
-    if (SPEC.packed && leader) load_shared(more, task_smem + 16);
     auto shared = [](unsigned int x) { return static_cast<int>(__shfl_sync(0xFFFFFFFF, x, 0)); };
     Task task;
     task.q_first = shared(word[0]);
     task.head = shared(word[1]);
+    task.index = shared(word[2]);
     if constexpr (SPEC.packed) {
-        task.sequence = Sequence{shared(word[2]), 0, shared(more[0]), 0, RAGGED, shared(word[3])};
-        task.shift = shared(more[1]);
-    } else {
-        task.sequence = whole_sequence(p, shared(word[2]));
-        task.shift = 0;
+        task.kv_len = shared(word[3]);
+        if (leader) load_shared(word, task_smem + 16);
+        task.q_start = shared(word[0]);
+        task.shift = shared(word[1]);
     }
     return task;
 }
 
 // The tiles of keys of a task. Where its queries have no keys it is one beyond the last: zeros, all masked.
-__device__ __forceinline__ TileRange tiles_of_task(const Band& band, const Task& task) {
-    const TileRange tiles = band.kv_tiles(task.q_first, min(task.q_first + TILE.rows, task.sequence.q_len) - 1);
+__device__ __forceinline__ TileRange tiles_of_task(const Band& band, int q_first, int q_len) {
+    const TileRange tiles = band.kv_tiles(q_first, min(q_first + TILE.rows, q_len) - 1);
     const int beyond = ceil_div(band.kv_len, TILE.cols);
     return tiles.first < tiles.last ? tiles : TileRange{beyond, beyond + 1};
 }
@@ -154,11 +154,10 @@ template <bool LEADER, typename Use>
 __device__ __forceinline__ void for_each_task(const Params& p, const Layout& smem, Use use) {
     if constexpr (SPEC.packed) {
         for_each_listed<LEADER, false>(p, smem.mail(), p.heads, [&](const Work& work) {
-            Sequence sequence = work.sequence;
-            const int shift = RAGGED - sequence.q_len;
-            sequence.q_start -= shift;
-            sequence.q_len = RAGGED;
-            use(Task{shift + work.tile * TILE.rows, work.head, sequence, shift});
+            const Sequence& s = work.sequence;
+            const int shift = RAGGED - s.q_len;
+            use(Task{shift + work.tile * TILE.rows, work.head, s.index, s.q_start - shift, s.kv_start, s.kv_len,
+                     shift});
         });
         return;
     }
@@ -174,11 +173,12 @@ __device__ __forceinline__ void for_each_task(const Params& p, const Layout& sme
                 const int head = item / pairs, pair = item - head * pairs;
                 const int tile = partner == 0 ? p.q_tiles - 1 - pair : pair - p.q_tiles % 2;
                 if (tile < 0) continue;
-                const int batch = head / p.heads;
-                task = Task{tile * TILE.rows, head - batch * p.heads, whole_sequence(p, batch), 0};
+                task.index = head / p.heads;
+                task.head = head - task.index * p.heads;
+                task.q_first = tile * TILE.rows;
             } else {
                 const Work work = find_work<TILE.rows, false>(p, item, p.q_tiles, p.heads);
-                task = Task{work.tile * TILE.rows, work.head, work.sequence, 0};
+                task = Task{work.tile * TILE.rows, work.head, work.sequence.index};
             }
             use(task);
         }
@@ -204,8 +204,8 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map,
         } else {
             barrier_expect(smem.Q_full(slot), Q_BYTES);
             load_panels<SPEC.head_dim, Q_PANEL>(smem.Q(slot), Q_map, smem.Q_full(slot),
-                                                task.sequence.q_row(task.q_first + 64 * warpgroup), task.head,
-                                                task.sequence.q_place(), EVICT_FIRST);
+                                                task.sequence(p).q_row(task.q_first + 64 * warpgroup), task.head,
+                                                task.sequence(p).q_place(), EVICT_FIRST);
         }
     };
     auto load_K = [&](int row, int head, int place) {
@@ -227,17 +227,18 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map,
 
     // Warpgroups with a second slot get their Q before the last V of the task before, the others after its last scores.
     for_each_task<KEYS>(p, smem, [&](const Task& task) {
-        const Band band(p, task.sequence);
-        const TileRange tiles = KEYS || VALUES ? tiles_of_task(band, task) : TileRange{0, 1};
+        const Sequence sequence = task.sequence(p);
+        const Band band(p, sequence);
+        const TileRange tiles = KEYS || VALUES ? tiles_of_task(band, task.q_first, sequence.q_len) : TileRange{0, 1};
         for (int tile = tiles.first; tile < tiles.last; ++tile) {
             if (QUERIES && tile == tiles.first) {
                 for (int warpgroup = 0; warpgroup < SECOND_SLOTS; ++warpgroup) load_Q(task, warpgroup);
             }
-            const int kv_row = task.sequence.kv_row(tile * TILE.cols), kv_head = task.head / p.group;
-            if constexpr (KEYS) load_K(kv_row, kv_head, task.sequence.kv_place());
+            const int kv_row = sequence.kv_row(tile * TILE.cols), kv_head = task.head / p.group;
+            if constexpr (KEYS) load_K(kv_row, kv_head, sequence.kv_place());
             if constexpr (VALUES) {
                 if constexpr (KEYS) load_V();
-                v_row = kv_row, v_head = kv_head, v_place = task.sequence.kv_place();
+                v_row = kv_row, v_head = kv_head, v_place = sequence.kv_place();
                 if constexpr (!KEYS) load_V();
             }
             if (QUERIES && tile == tiles.first) {
@@ -248,7 +249,7 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map,
     });
     if constexpr (KEYS && VALUES) load_V();
     if constexpr (QUERIES) {
-        for (int warpgroup = 0; warpgroup < GROUPS; ++warpgroup) load_Q(Task{NONE, 0, {}, 0}, warpgroup);
+        for (int warpgroup = 0; warpgroup < GROUPS; ++warpgroup) load_Q(Task{NONE}, warpgroup);
     }
 }
 
@@ -394,7 +395,7 @@ __device__ __forceinline__ void issue_output(float (&O)[N_OUT][4], unsigned int 
 // LSE, if anybody wants it, of the 16 rows of one warp, from row `row` of the task on, and the factors 1 / l of O.
 __device__ __forceinline__ void finish_softmax(const Params& p, const Task& task, int row, const Softmax& softmax,
                                                float (&scale)[2]) {
-    const Sequence& sequence = task.sequence;
+    const Sequence sequence = task.sequence(p);
     const int lane = threadIdx.x % 32, first = task.q_first + row;
     float* lse_gmem = statistic_rows(p.lse, sequence.batch, sequence.q_start + first, task.head);
 #pragma unroll
@@ -412,7 +413,7 @@ __device__ __forceinline__ void store_output(const Params& p, const TensorMap& O
                                              const Task& task, int row, const float (&scale)[2],
                                              const float (&O)[N_OUT][4]) {
     const int first = task.q_first + row;
-    const Sequence& sequence = task.sequence;
+    const Sequence sequence = task.sequence(p);
     if constexpr (TILE.staged) {
         constexpr int PANEL = 16 * 128;
         const int lane = threadIdx.x % 32;
@@ -464,13 +465,12 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 - 64;  // the warp's first row of a task
     auto band_of = [&](const Sequence& sequence) {
         Band band(p, sequence);
-        band.q_len = SPEC.packed
-                         ? 2 * (RAGGED - 1)
-                         : RAGGED;  // rows beyond the sequence are zeros and are not stored: no need to mask them
+        // Rows beyond the sequence are zeros and are not stored: no need to mask them.
+        band.q_len = SPEC.packed ? 2 * (RAGGED - 1) : RAGGED;
         return band;
     };
-    Band band = band_of(whole_sequence(p, 0));  // of the task; packed sequences have each their own
-    int count = 0;                              // of tasks
+    Band band = band_of(Task{}.sequence(p));  // of the task; packed sequences have each their own
+    int count = 0;                            // of tasks
     Slot q_slot(count, warpgroup);
     Ring<> ring;
     Scores scores(p, 0, 0, band.offset);
@@ -482,13 +482,13 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
     int tile;
     auto next_task = [&] {
         barrier_wait(smem.Q_full(q_slot.index), q_slot.parity);
-        return load_task(p, smem.task(q_slot.index));
+        return load_task(smem.task(q_slot.index));
     };
     // Whether the task has rows for this warpgroup: the last tile of a head may not.
-    auto has_rows = [&](const Task& task) { return task.q_first + 64 * warpgroup < task.sequence.q_len; };
+    auto has_rows = [&](const Task& task) { return task.q_first + 64 * warpgroup < task.sequence(p).q_len; };
     auto find_tiles = [&](const Task& task) {  // and how many the others need before them
-        const Band own = SPEC.packed ? band_of(task.sequence) : band;
-        const TileRange all = tiles_of_task(own, task);
+        const Band own = SPEC.packed ? band_of(task.sequence(p)) : band;
+        const TileRange all = tiles_of_task(own, task.q_first, task.sequence(p).q_len);
         tiles = tiles_of_rows(own, all, task.q_first + 64 * warpgroup);
         after = all.last - tiles.last;
         return tiles.first - all.first;
@@ -496,8 +496,8 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
     auto begin = [&](const Task& next) {
         task = next;
         tile = tiles.first;
-        if constexpr (SPEC.packed) band = band_of(task.sequence);
-        scores = Scores(p, task.sequence.index, task.head, band.offset);
+        if constexpr (SPEC.packed) band = band_of(task.sequence(p));
+        scores = Scores(p, task.index, task.head, band.offset);
         softmax.restart();
     };
     const Turn turn{warpgroup};
@@ -534,8 +534,8 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
         finish_scores(S, scores, band, cut, task.q_first + warp_row, tile * TILE.cols);
     };
     auto pack_into = [&](unsigned int (&P)[N / 2][4]) {
-        const Dropout dropout(p, task.sequence.index, task.head);
-        pack_all(P, S, dropout, task.q_first - task.shift + warp_row, tile * TILE.cols);
+        const Dropout dropout(p, task.index, task.head);
+        pack_all(P, S, dropout, task.q_first - (SPEC.packed ? task.shift : 0) + warp_row, tile * TILE.cols);
     };
     auto rescale_output = [&] {
 #pragma unroll

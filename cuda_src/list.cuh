@@ -46,9 +46,10 @@ __device__ __forceinline__ void for_each_listed(const Params& p, const Mail& mai
             barrier_arrive(mail.full);
         } else {
             barrier_wait(mail.full, parity);
-            rank = same(load_shared_word(mail.words));
-            head = same(load_shared_word(mail.words + 4));
-            if (!WARP || threadIdx.x % 32 == 0) barrier_arrive(mail.empty);
+            const bool reader = !WARP || threadIdx.x % 32 == 0;
+            rank = same(reader ? load_shared_word(mail.words) : 0);
+            head = same(reader ? load_shared_word(mail.words + 4) : 0);
+            if (reader) barrier_arrive(mail.empty);
         }
         parity ^= 1;
         return rank;
