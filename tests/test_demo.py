@@ -549,7 +549,13 @@ def test_a_real_ctrl_c_leaves_a_clean_terminal(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cuflash.cli", "demo", "--quick", "--device", "cpu", "--output", str(tmp_path)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "FORCE_COLOR": "1", "TERM": "xterm-256color"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job of a shell ignores it
     ) as process:
         assert process.stdout is not None
         before = list(itertools.takewhile(lambda line: "Memory" not in line, process.stdout))
