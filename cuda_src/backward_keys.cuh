@@ -127,11 +127,12 @@ __device__ __forceinline__ void for_each_tile(const Params& p, const Barriers& s
     const int kv_heads = p.heads / p.group, blocks = p.kv_tiles * kv_heads * p.batch;
     if constexpr (SPEC.packed) {
         for_each_listed<LEADER, !LEADER>(p, Mail{smem.next_full(), smem.next_empty(), smem.next()}, kv_heads,
-                                         [&](const Work& work) {
+                                         [&](const Work& work, Tickets& tickets) {
                                              Band band(p, work.sequence);
                                              const Steps steps(work, band, p.group);
                                              band.q_len = RAGGED;  // rows beyond have P = 0 by their LSE
                                              visit(work, band, steps);
+                                             if constexpr (LEADER) tickets.take();
                                          });
         return;
     }

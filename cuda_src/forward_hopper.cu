@@ -142,7 +142,7 @@ __device__ __forceinline__ TileRange tiles_of_rows(const Band& band, const TileR
     return own.first < own.last && some.first < some.last ? some : all;
 }
 
-// The tasks of this thread block, in order: `use(task)`.
+// The tasks of this thread block, in order: `use(task, tickets)`.
 //
 // Under a mask the tiles of a head differ. Either there is a block for each, the longest first; or, with a smaller
 // grid, they are worked on in pairs: the last of a head with its first, the one before with the second and so on, so
@@ -153,14 +153,16 @@ __device__ __forceinline__ TileRange tiles_of_rows(const Band& band, const TileR
 template <bool LEADER, typename Use>
 __device__ __forceinline__ void for_each_task(const Params& p, const Layout& smem, Use use) {
     if constexpr (SPEC.packed) {
-        for_each_listed<LEADER, false>(p, smem.mail(), p.heads, [&](const Work& work) {
+        for_each_listed<LEADER, false>(p, smem.mail(), p.heads, [&](const Work& work, Tickets& tickets) {
             const Sequence& s = work.sequence;
             const int shift = RAGGED - s.q_len;
-            use(Task{shift + work.tile * TILE.rows, work.head, s.index, s.q_start - shift, s.kv_start, s.kv_len,
-                     shift});
+            const Task task{
+                shift + work.tile * TILE.rows, work.head, s.index, s.q_start - shift, s.kv_start, s.kv_len, shift};
+            use(task, tickets);
         });
         return;
     }
+    Tickets none{p, NONE};
     const int heads = p.heads * p.batch, pairs = ceil_div(p.q_tiles, 2);
     const bool paired = (SPEC.bounded_left || SPEC.bounded_right) && gridDim.x < p.q_tiles * heads;
     const int items = (paired ? pairs : p.q_tiles) * heads;
@@ -180,7 +182,7 @@ __device__ __forceinline__ void for_each_task(const Params& p, const Layout& sme
                 const Work work = find_work<TILE.rows, false>(p, item, p.q_tiles, p.heads);
                 task = Task{work.tile * TILE.rows, work.head, work.sequence.index};
             }
-            use(task);
+            use(task, none);
         }
     }
 }
@@ -226,7 +228,7 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map,
     };
 
     // Warpgroups with a second slot get their Q before the last V of the task before, the others after its last scores.
-    for_each_task<KEYS>(p, smem, [&](const Task& task) {
+    for_each_task<KEYS>(p, smem, [&](const Task& task, Tickets& tickets) {
         const Sequence sequence = task.sequence(p);
         const Band band(p, sequence);
         const TileRange tiles = KEYS || VALUES ? tiles_of_task(band, task.q_first, sequence.q_len) : TileRange{0, 1};
@@ -235,6 +237,7 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map,
                 for (int warpgroup = 0; warpgroup < SECOND_SLOTS; ++warpgroup) load_Q(task, warpgroup);
             }
             const int kv_row = sequence.kv_row(tile * TILE.cols), kv_head = task.head / p.group;
+            if (SPEC.packed && KEYS && tile + 1 == tiles.last) tickets.take();  // on its way while this loads
             if constexpr (KEYS) load_K(kv_row, kv_head, sequence.kv_place());
             if constexpr (VALUES) {
                 if constexpr (KEYS) load_V();

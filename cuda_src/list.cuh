@@ -19,24 +19,37 @@ struct Mail {
     unsigned int full, empty, words;
 };
 
-// The listed tasks of this thread block, of each of `heads` heads, visit(work). The leader, one thread, takes their
-// numbers from a counter, the next while a task is worked on, and tells the others; these are single threads, or whole
-// warps (WARP). Where tiles wait for each other (SPEC.deterministic) no number is taken ahead, and the first one too is
-// taken, so that all tasks before a taken one are being worked on by blocks that run, however few of the grid do.
+// The numbers of this thread block's tasks, taken from a counter by one thread, the leader. The first is that of the
+// block, except where tiles wait for each other (SPEC.deterministic): there it is taken too, so that all tasks before a
+// taken one are being worked on by blocks that run, however few of the grid do.
+struct Tickets {
+    const Params& p;
+    int number;
+
+    __device__ __forceinline__ void start() {
+        number = blockIdx.x;
+        if constexpr (SPEC.deterministic) take();
+    }
+
+    __device__ __forceinline__ void take() {
+        number = static_cast<int>(SPEC.deterministic ? 0 : gridDim.x) + atomicAdd(p.tickets, 1);
+    }
+};
+
+// The listed tasks of this thread block, of each of `heads` heads, visit(work, tickets). The leader takes the next
+// ticket in the visit, towards its end: a task that is taken early waits, maybe while others have nothing left to do.
+// It tells the others; these are single threads, or whole warps (WARP).
 template <bool LEADER, bool WARP, typename Visit>
 __device__ __forceinline__ void for_each_listed(const Params& p, const Mail& mail, int heads, Visit visit) {
-    constexpr bool AHEAD = LEADER && !SPEC.deterministic;
     const Record* records = reinterpret_cast<const Record*>(p.tasks);
-    auto take = [&] { return static_cast<int>(AHEAD ? gridDim.x : 0) + atomicAdd(p.tickets, 1); };
     // The shuffle tells the compiler that a word is the same in the whole warp.
     auto same = [](int word) { return WARP ? __shfl_sync(0xFFFFFFFF, word, 0) : word; };
     unsigned int parity = 0;
-    int number = AHEAD ? blockIdx.x : 0, head = 0;
-    auto next_rank = [&] {
+    int head = 0;
+    auto next_rank = [&](const Tickets& tickets) {
         int rank;
         if constexpr (LEADER) {
-            if constexpr (!AHEAD) number = take();
-            const int tasks = records->tile;
+            const int tasks = records->tile, number = tickets.number;
             unsigned int own_head = 0;
             rank = number < tasks * heads ? rank_in_section(p, number, tasks, heads, own_head) : NONE;
             head = own_head;
@@ -46,23 +59,24 @@ __device__ __forceinline__ void for_each_listed(const Params& p, const Mail& mai
             barrier_arrive(mail.full);
         } else {
             barrier_wait(mail.full, parity);
-            const bool reader = !WARP || threadIdx.x % 32 == 0;
-            rank = same(reader ? load_shared_word(mail.words) : 0);
-            head = same(reader ? load_shared_word(mail.words + 4) : 0);
-            if (reader) barrier_arrive(mail.empty);
+            rank = same(load_shared_word(mail.words));
+            head = same(load_shared_word(mail.words + 4));
+            if constexpr (WARP) __syncwarp();  // all lanes have read
+            if (!WARP || threadIdx.x % 32 == 0) barrier_arrive(mail.empty);
         }
         parity ^= 1;
         return rank;
     };
-    int rank = next_rank();
+    Tickets tickets{p, NONE};
+    if constexpr (LEADER) tickets.start();
+    int rank = next_rank(tickets);
 #pragma unroll 1
     while (rank != NONE) {
-        if constexpr (AHEAD) number = take();
         const Record record = records[1 + rank];
         const Sequence sequence{same(record.index), 0, same(record.q_start), same(record.kv_start), same(record.q_len),
                                 same(record.kv_len)};
-        visit(Work{sequence, head, same(record.tile), true});
-        rank = next_rank();
+        visit(Work{sequence, head, same(record.tile), true}, tickets);
+        rank = next_rank(tickets);
     }
 }
 
