@@ -172,7 +172,7 @@ def _checked(arrays: dict[str, Any], options: Options) -> tuple[Call, tuple[jax.
         if array.dtype.name != signatures[name].dtype:
             allowed = f"{array.dtype.name}, or 64-bit types switched on (jax_enable_x64)"
             bad(name, f"dtype {signatures[name].dtype}", allowed, TypeError)
-    lengths = dict(
+    lengths: dict[str, int] = dict(
         zip(("batch", "len", "heads") if options.layout == "bshd" else DENSE_AXES, given["q"].shape, strict=False)
     )
     lengths["kv_len"] = given["k"].shape[1 if options.layout == "bshd" else 2]
