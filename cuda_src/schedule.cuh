@@ -10,15 +10,17 @@ constexpr int RAGGED = 1 << 30;  // the length of the axis of rows of a packed t
 struct Sequence {
     int index;
     int batch;
-    int q_start, kv_start;  // the kernels go to 2^29 tokens
+    long long q_start, kv_start;
     int q_len, kv_len;
 
     // The coordinates by which a tensor map finds row `row` of this sequence: on its axis of rows, and on that of
     // sequences (see tma.cuh).
     __device__ __forceinline__ int q_row(int row) const { return SPEC.packed ? RAGGED - q_len + row : row; }
     __device__ __forceinline__ int kv_row(int row) const { return SPEC.packed ? RAGGED - kv_len + row : row; }
-    __device__ __forceinline__ int q_place() const { return SPEC.packed ? q_start + q_len : batch; }
-    __device__ __forceinline__ int kv_place() const { return SPEC.packed ? kv_start + kv_len : batch; }
+    __device__ __forceinline__ int q_place() const { return SPEC.packed ? static_cast<int>(q_start) + q_len : batch; }
+    __device__ __forceinline__ int kv_place() const {
+        return SPEC.packed ? static_cast<int>(kv_start) + kv_len : batch;
+    }
 };
 
 struct Work {
@@ -67,7 +69,7 @@ __device__ __forceinline__ Sequence packed_sequence(const Params& p, int i) {
 // Where the tiles of TILE_ROWS queries of a sequence begin among those of a head, as find_work numbers them.
 template <int TILE_ROWS>
 __device__ __forceinline__ int first_tile(const Sequence& sequence) {
-    return SPEC.packed ? sequence.q_start / TILE_ROWS + sequence.index : 0;
+    return SPEC.packed ? static_cast<int>(sequence.q_start) / TILE_ROWS + sequence.index : 0;
 }
 
 // Number `block` of the work: tiles of TILE_ROWS rows (of queries, or of keys if BY_KEYS), the tile index fastest.
@@ -93,7 +95,8 @@ __device__ __forceinline__ Work find_work(const Params& p, int block, int tiles,
             }
         }
         work.sequence = packed_sequence<BY_KEYS>(p, low);
-        work.tile = tile - ((BY_KEYS ? work.sequence.kv_start : work.sequence.q_start) / TILE_ROWS + low);
+        work.tile =
+            tile - static_cast<int>((BY_KEYS ? work.sequence.kv_start : work.sequence.q_start) / TILE_ROWS + low);
         work.exists = work.tile * TILE_ROWS < (BY_KEYS ? work.sequence.kv_len : work.sequence.q_len);
     } else {
         // Unsigned: a division is half as long.
