@@ -26,9 +26,9 @@ __device__ __forceinline__ void load_tile_tma(unsigned int X_smem, const TensorM
 // columns from `col` on; those beyond the tensor become zeros.
 //
 // And where tensors are packed. There rows beyond a sequence's end must count as rows beyond the tensor, though the
-// next sequence lies behind. So the map is [RAGGED + 1, total, heads, RAGGED, dim]: a sequence's rows are counted so
-// that its last is the last of the axis of RAGGED rows; the axis of the total, of the same stride, says behind which
-// row that is; and the outermost, with minus that stride modulo 2^64 / RAGGED, takes RAGGED rows away again.
+// next sequence lies behind. So the map is [any, any, heads, RAGGED, dim]: a sequence's rows are counted so that its
+// last is the last of the axis of RAGGED rows; the second axis, of the same stride, says behind which row that is; and
+// the first, with minus that stride modulo 2^64 / RAGGED, takes RAGGED rows away again.
 __device__ __forceinline__ void load_panel_tma(unsigned int X_smem, const TensorMap& map, unsigned int barrier, int col,
                                                int row, int head, int place, unsigned long long policy) {
     if constexpr (SPEC.packed) {
