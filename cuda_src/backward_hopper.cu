@@ -24,7 +24,7 @@ constexpr int DQ_SLOTS = SPEC.deterministic && R == 64 ? 2 : 1;
 constexpr int DS_SLOTS = DQ_SLOTS == 1 && R == 64 ? 3 : 2;
 constexpr int DS_BYTES = R * TILE.cols * 2, DQ_BYTES = PIECE * 4;
 // The producer warps would like 40 registers; where the math warpgroups need 240, they make do with 24.
-constexpr bool WIDE_PRODUCER = D == 128 && EARLY_P && !FOLD;
+constexpr bool WIDE_PRODUCER = D == 128 && !FOLD && !SPEC.softcap && !SPEC.dropout;
 constexpr int PRODUCER_REGISTERS = WIDE_PRODUCER ? 40 : 24, MATH_REGISTERS = WIDE_PRODUCER ? 232 : 240;
 static_assert(TILE.cols == 64 * GROUPS && TILE.warps == 4 * (GROUPS + 1));
 static_assert(PRODUCER_REGISTERS + GROUPS * MATH_REGISTERS <= (GROUPS + 1) * LAUNCH_REGISTERS);
@@ -163,23 +163,18 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
             issue_dp(dP, V_smem, stage, delta_ones);
 
             // P^T and dS^T  [64, rows]
-            unsigned int P[N / 2][4], dS[N / 2][4];
-            if constexpr (EARLY_P) {
-                wgmma_wait<1>();
-                pin(S);
-                elementwise.probabilities(S, scores, stage, q_first, cut);
-                pack_all(P, S);
-                pin(P);
-                wgmma_wait<0>();
-                pin(dP);
-                elementwise.score_gradients(dP, P, stage);
-            } else {
-                wgmma_wait<0>();
-                pin(S);
-                pin(dP);
-                elementwise.both(S, dP, scores, Dropout(p, sequence.index, steps.head), stage, q_first, cut);
-                pack_all(P, S);
-            }
+            unsigned int P[N / 2][4], dS[N / 2][4], derivatives[N][2];
+            const Dropout dropout(p, sequence.index, steps.head);
+            Kept<N / 2> kept;  // random numbers, drawn while S is computed
+            if constexpr (SPEC.dropout) dropout.draw_transposed(kept, q_first, kv_first + warp * 16);
+            wgmma_wait<1>();
+            pin(S);
+            elementwise.probabilities(S, derivatives, scores, stage, q_first, cut);
+            pack_all(P, S);
+            pin(P);
+            wgmma_wait<0>();
+            pin(dP);
+            elementwise.score_gradients(dP, P, derivatives, dropout, kept, stage);
             if (first && warpgroup == 0) named_barrier_arrive(FIRST_DONE, 256);
             pack_all(dS, dP);
 
@@ -241,7 +236,7 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
         }
         if (lane == 0) barrier_arrive(smem.KV_empty());
         store_keys<SPEC.head_dim>(p, p.dk, p.dk_float32, work, kv_row, dK, p.scale);
-        store_keys<SPEC.head_dim_v>(p, p.dv, p.dv_float32, work, kv_row, dV, 1.0f);
+        store_keys<SPEC.head_dim_v>(p, p.dv, p.dv_float32, work, kv_row, dV, SPEC.dropout ? p.dropout_scale : 1.0f);
     });
     if constexpr (WITH_DQ) {  // no arrival is left over
         for (int i = 0; i < DQ_SLOTS; ++i) named_barrier_wait(DQ_EMPTY + dq_slot(i, warpgroup), 160);

@@ -162,6 +162,8 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Lay
             barrier_wait(smem.V_full(V_ring.stage), V_ring.parity);
             issue_product(dP, dO, smem.V + V_ring.stage * V_BYTES);
             wgmma_commit();
+            Kept<N / 2> kept;
+            if constexpr (SPEC.dropout) dropout.draw(kept, q_first + warp_row, kv_first);
             wgmma_wait<0>();
             pin(S);
             pin(dP);
@@ -171,19 +173,17 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Lay
 
             // dS  [64, cols]
             const bool cut = band.cuts(q_first, 64, kv_first, TILE.cols);
+            const float distance = scores.distance(q_first + warp_row + lane / 4, kv_first + lane % 4 * 2);
+            if constexpr (SPEC.softcap) tanh_of_tile(S, scores.factor);
 #pragma unroll
-            for (int n = 0; n < N; n += 2) {
-                float dropped[2][4] = {{1, 1, 1, 1}, {1, 1, 1, 1}};
-                if constexpr (SPEC.dropout) dropout.factors(dropped, q_first + warp_row, kv_first + 8 * n);
+            for (int n = 0; n < N; ++n) {
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                    for (int r = 0; r < 4; ++r) {
-                        const int q_index = q_first + warp_row + lane / 4 + r / 2 * 8;
-                        const int kv_index = kv_first + 8 * (n + half) + lane % 4 * 2 + r % 2;
-                        differentiate(S[n + half][r], dP[n + half][r], scores, band, false, q_index, kv_index,
-                                      reference[r / 2], delta[r / 2], dropped[half][r]);
-                    }
+                for (int r = 0; r < 4; ++r) {
+                    const int q_index = q_first + warp_row + lane / 4 + r / 2 * 8;
+                    const int kv_index = kv_first + 8 * n + lane % 4 * 2 + r % 2;
+                    differentiate<true>(S[n][r], dP[n][r], scores, band, false, q_index, kv_index,
+                                        distance + (r / 2 * 8 - 8 * n - r % 2), reference[r / 2], delta[r / 2],
+                                        dropout.factor(kept, n, r));
                 }
             }
             if (cut) {

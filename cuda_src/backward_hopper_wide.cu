@@ -11,7 +11,7 @@
 
 constexpr int P_SLOTS = 2;
 constexpr int P_BYTES = R * TILE.cols * 2;
-static_assert(TILE.cols == 64 && TILE.warps == 12 && EARLY_P);
+static_assert(TILE.cols == 64 && TILE.warps == 12 && !SPEC.softcap && !SPEC.dropout);
 
 // Where everything lies in shared memory.
 struct Layout : Barriers {
@@ -75,7 +75,9 @@ __device__ __forceinline__ void differentiate_values(const Params& p, const Layo
             issue_scores(S, smem.K, stage, ones);
             wgmma_wait<0>();
             pin(S);
-            elementwise.probabilities(S, scores, stage, q_first, band.cuts(q_first, R, kv_first, TILE.cols));
+            unsigned int derivatives[N][2];  // nothing without softcap
+            elementwise.probabilities(S, derivatives, scores, stage, q_first,
+                                      band.cuts(q_first, R, kv_first, TILE.cols));
             unsigned int P[N / 2][4];
             pack_all(P, S);
 
@@ -142,7 +144,7 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
 #pragma unroll
             for (int i = 0; i < R / 16; ++i) load_shared(P[i], P_address(smem, walk.slot.stage, i));
             barrier_arrive(smem.slot_empty(walk.slot.stage));
-            elementwise.score_gradients(dP, P, stage);
+            elementwise.score_gradients(dP, P, {}, Dropout(p, 0, 0), {}, stage);
             pack_all(dS, dP);
 
             // dK += dS^T Q  [64, head_dim]

@@ -21,11 +21,9 @@ constexpr int K_BYTES = D / 64 * KV_PANEL, V_BYTES = DV / 64 * KV_PANEL;
 constexpr int Q_BYTES = D / 64 * Q_PANEL, DO_BYTES = DV / 64 * Q_PANEL;
 constexpr int STATISTIC_BYTES = R * 16;
 
-// Whether P does not need dP, so that it is computed while the tensor cores work on dP.
-constexpr bool EARLY_P = !SPEC.softcap && !SPEC.dropout;
 // Whether the products subtract LSE and D: one step more of their contraction, of ones and of the statistics in three
 // bfloat16 terms, gives S - LSE / scale and dP - D. float16 has not the range.
-constexpr bool FOLD = EARLY_P && !SPEC.alibi && SPEC.dtype == Dtype::bfloat16;
+constexpr bool FOLD = !SPEC.softcap && !SPEC.alibi && !SPEC.dropout && SPEC.dtype == Dtype::bfloat16;
 // A stage is given back by a lane of each math warp where only products read it, by every thread where all read LSE and
 // D.
 constexpr int EMPTY_ARRIVALS = FOLD ? 8 : 256;
@@ -313,22 +311,35 @@ struct Elementwise {
 
     __device__ __forceinline__ int kv_index(int r) const { return warp_kv + threadIdx.x % 32 / 4 + r / 2 * 8; }
 
-    // S becomes P.
-    __device__ __forceinline__ void probabilities(float (&S)[N][4], const Scores& scores, const Stage& stage,
-                                                  int q_first, bool cut) const {
+    // How far this lane's first query is behind its first key.
+    __device__ __forceinline__ float distance(const Scores& scores, int q_first) const {
+        return scores.distance(q_index(q_first, 0, 0), kv_index(0));
+    }
+
+    // S becomes P. With softcap its derivative, d S / d (scale q.k) = 1 - tanh^2, is packed too.
+    __device__ __forceinline__ void probabilities(float (&S)[N][4], unsigned int (&derivatives)[N][2],
+                                                  const Scores& scores, const Stage& stage, int q_first,
+                                                  bool cut) const {
+        if constexpr (SPEC.softcap) tanh_of_tile(S, scores.factor);
+        const float first = scores.distance(q_index(q_first, 0, 0), kv_index(0));
 #pragma unroll
         for (int n = 0; n < N; ++n) {
             float4 reference;
             if constexpr (!FOLD) reference = statistics(stage, n);
+            float derivative[4];
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
                 if constexpr (FOLD) {
                     S[n][r] = exp2_approximate(S[n][r] * scores.factor);
                 } else {
-                    float derivative;
-                    const float exponent = scores.exponent(S[n][r], q_index(q_first, n, r), kv_index(r), derivative);
+                    const float distance = first + (8 * n + r % 2 - r / 2 * 8);
+                    const float exponent = scores.exponent<true>(S[n][r], distance, derivative[r]);
                     S[n][r] = exponential(exponent - (r % 2 ? reference.z : reference.x));
                 }
+            }
+            if constexpr (SPEC.softcap) {
+                derivatives[n][0] = pack_half(derivative[0], derivative[1]);
+                derivatives[n][1] = pack_half(derivative[2], derivative[3]);
             }
         }
         if (cut) {
@@ -342,38 +353,31 @@ struct Elementwise {
         }
     }
 
-    // dP becomes dS = P (dP - D), with P as it was rounded for dV.
-    __device__ __forceinline__ void score_gradients(float (&dP)[N][4], const unsigned int (&P)[N / 2][4],
-                                                    const Stage& stage) const {
+    // dP becomes dS = P (dP - D), with P as it was rounded for dV, times the derivative of softcap; elements that are
+    // dropped have no dP, and become 0 in P.
+    __device__ __forceinline__ void score_gradients(float (&dP)[N][4], unsigned int (&P)[N / 2][4],
+                                                    const unsigned int (&derivatives)[N][2], const Dropout& dropout,
+                                                    const Kept<N / 2>& kept, const Stage& stage) const {
 #pragma unroll
         for (int n = 0; n < N; ++n) {
             float4 reference;
             if constexpr (!FOLD) reference = statistics(stage, n);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float2 pair = unpack(P[n / 2][n % 2 * 2 + half]);
-                float (&x)[4] = dP[n];
+                unsigned int& packed = P[n / 2][n % 2 * 2 + half];
+                const float2 pair = unpack(packed);
+                float(&x)[4] = dP[n];
+                if constexpr (SPEC.dropout) {
+                    x[2 * half] *= dropout.factor(kept, n, 2 * half);
+                    x[2 * half + 1] *= dropout.factor(kept, n, 2 * half + 1);
+                    packed &= kept.packed_mask(n, half);
+                }
                 x[2 * half] = pair.x * (FOLD ? x[2 * half] : x[2 * half] - reference.y);
                 x[2 * half + 1] = pair.y * (FOLD ? x[2 * half + 1] : x[2 * half + 1] - reference.w);
-            }
-        }
-    }
-
-    // Both at once, where they depend on each other: S becomes P (dropped) and dP becomes dS.
-    __device__ __forceinline__ void both(float (&S)[N][4], float (&dP)[N][4], const Scores& scores,
-                                         const Dropout& dropout, const Stage& stage, int q_first, bool cut) const {
-#pragma unroll
-        for (int n = 0; n < N; n += 2) {
-            float dropped[2][4] = {{1, 1, 1, 1}, {1, 1, 1, 1}};
-            if constexpr (SPEC.dropout) dropout.factors_transposed(dropped, q_first + 8 * n, warp_kv);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float4 reference = statistics(stage, n + half);
-#pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                    differentiate(S[n + half][r], dP[n + half][r], scores, band, cut, q_index(q_first, n + half, r),
-                                  kv_index(r), r % 2 ? reference.z : reference.x, r % 2 ? reference.w : reference.y,
-                                  dropped[half][r]);
+                if constexpr (SPEC.softcap) {
+                    const float2 derivative = unpack_half(derivatives[n][half]);
+                    x[2 * half] *= derivative.x;
+                    x[2 * half + 1] *= derivative.y;
                 }
             }
         }

@@ -81,24 +81,20 @@ KERNEL(backward_portable_dkv, TILE.blocks)(ARGUMENT(Params) p) {
         const Scores scores(p, sequence.index, head, band.offset);
         const Dropout dropout(p, sequence.index, head);
         const bool cut = band.cuts(q_first, TILE.rows, kv_first, TILE.cols);
+        const float distance = scores.distance(q_first + lane % 4 * 2, kv_first + warp_row + lane / 4);
 #pragma unroll
-        for (int n = 0; n < N; n += 2) {
+        for (int i = 0; i < M; ++i) {
+            Kept<N / 2> kept;
+            if constexpr (SPEC.dropout) dropout.draw_transposed(kept, q_first, kv_first + warp_row + 16 * i);
 #pragma unroll
-            for (int i = 0; i < M; ++i) {
-                float dropped[2][4] = {{1, 1, 1, 1}, {1, 1, 1, 1}};
-                if constexpr (SPEC.dropout) {
-                    dropout.factors_transposed(dropped, q_first + 8 * n, kv_first + warp_row + 16 * i);
-                }
+            for (int n = 0; n < N; ++n) {
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                    for (int r = 0; r < 4; ++r) {
-                        const int col = 8 * (n + half) + lane % 4 * 2 + r % 2;
-                        const int kv_index = kv_first + warp_row + 16 * i + lane / 4 + r / 2 * 8;
-                        differentiate(S[i][n + half][r], dP[i][n + half][r], scores, band, cut, q_first + col, kv_index,
-                                      exponent_reference(lse[col]), delta[col], dropped[half][r],
-                                      dense.addend(col, kv_index - kv_first));
-                    }
+                for (int r = 0; r < 4; ++r) {
+                    const int col = 8 * n + lane % 4 * 2 + r % 2;
+                    const int kv_index = kv_first + warp_row + 16 * i + lane / 4 + r / 2 * 8;
+                    differentiate(S[i][n][r], dP[i][n][r], scores, band, cut, q_first + col, kv_index,
+                                  distance + (8 * n + r % 2 - 16 * i - r / 2 * 8), exponent_reference(lse[col]),
+                                  delta[col], dropout.factor(kept, n, r), dense.addend(col, kv_index - kv_first));
                 }
             }
         }

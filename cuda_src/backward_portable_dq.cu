@@ -69,27 +69,24 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Wor
 
         // dS times d S / d (scale q.k) (in dP), and with a bias dS (in its tile)
         const bool cut = band.cuts(q_first, TILE.rows, kv_first, TILE.cols);
+        const float distance = scores.distance(q_first + warp_row + lane / 4, kv_first + lane % 4 * 2);
 #pragma unroll
         for (int i = 0; i < M; ++i) {
+            Kept<N / 2> kept;
+            if constexpr (SPEC.dropout) dropout.draw(kept, q_first + warp_row + 16 * i, kv_first);
 #pragma unroll
-            for (int n = 0; n < N; n += 2) {
-                float dropped[2][4] = {{1, 1, 1, 1}, {1, 1, 1, 1}};
-                if constexpr (SPEC.dropout) {
-                    dropout.factors(dropped, q_first + warp_row + 16 * i, kv_first + 8 * n);
-                }
+            for (int n = 0; n < N; ++n) {
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                    for (int r = 0; r < 4; ++r) {
-                        const int q_index = q_first + warp_row + 16 * i + lane / 4 + r / 2 * 8;
-                        const int kv_index = kv_first + 8 * (n + half) + lane % 4 * 2 + r % 2;
-                        const float ds =
-                            differentiate(S[i][n + half][r], dP[i][n + half][r], scores, band, cut, q_index, kv_index,
-                                          reference[i][r / 2], delta[i][r / 2], dropped[half][r],
-                                          dense.addend(q_index - q_first, kv_index - kv_first));
-                        if constexpr (SPEC.bias) {
-                            if (first_col == 0) dense.gradient(q_index - q_first, kv_index - kv_first) = ds;
-                        }
+                for (int r = 0; r < 4; ++r) {
+                    const int q_index = q_first + warp_row + 16 * i + lane / 4 + r / 2 * 8;
+                    const int kv_index = kv_first + 8 * n + lane % 4 * 2 + r % 2;
+                    const float ds =
+                        differentiate(S[i][n][r], dP[i][n][r], scores, band, cut, q_index, kv_index,
+                                      distance + (16 * i + r / 2 * 8 - 8 * n - r % 2), reference[i][r / 2],
+                                      delta[i][r / 2], dropout.factor(kept, n, r),
+                                      dense.addend(q_index - q_first, kv_index - kv_first));
+                    if constexpr (SPEC.bias) {
+                        if (first_col == 0) dense.gradient(q_index - q_first, kv_index - kv_first) = ds;
                     }
                 }
             }

@@ -8,12 +8,13 @@
 __device__ __forceinline__ float exponent_reference(float lse) { return lse == MINUS_INFINITY ? 0.0f : lse * UNIT; }
 
 // P = e^(S - LSE) and dS = P * (dropout * dP - D) of one element. In the place of s and dp come P, dropped, and
-// dS * d S / d (scale q.k); dS itself, which is the gradient of the element's bias, is returned.
+// dS * d S / d (scale q.k); dS itself, which is the gradient of the element's bias, is returned. TANH as for exponent.
+template <bool TANH = false>
 __device__ __forceinline__ float differentiate(float& s, float& dp, const Scores& scores, const Band& band, bool cut,
-                                               int q_index, int kv_index, float reference, float delta, float dropped,
-                                               float addend = 0.0f) {
+                                               int q_index, int kv_index, float distance, float reference, float delta,
+                                               float dropped, float addend = 0.0f) {
     float derivative;
-    const float exponent = scores.exponent(s, q_index, kv_index, derivative, addend);
+    const float exponent = scores.exponent<TANH>(s, distance, derivative, addend);
     const float p = cut && !band.allows(q_index, kv_index) ? 0.0f : exponential(exponent - reference);
     const float ds = p * (dp * dropped - delta);
     dp = ds * derivative;

@@ -1,70 +1,103 @@
-// Dropout of P by Philox4x32-10 (Salmon et al., 2011): the mask of cuflash/dropout.py, which says which counter and
-// which 16 bits belong to an element.
+// Dropout of P by Philox4x32-7 (Salmon et al., 2011): the mask of cuflash/dropout.py, which says which counter and
+// which 15 bits belong to an element.
 #pragma once
 #include "params.cuh"
 
+// `lanes` bits select bytes of two words: byte i of the result is byte s of (low, high) for s = bits 4 i to 4 i + 2, or
+// the sign of that byte, eight times, where bit 4 i + 3 is set.
+__device__ __forceinline__ unsigned int permute_bytes(unsigned int low, unsigned int high, unsigned int selector) {
+    unsigned int y;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(low), "r"(high), "r"(selector));
+    return y;
+}
+
+constexpr unsigned int SIGNS = 0x80008000u;  // of the two halves of a word
+
+// Which elements of BLOCKS blocks [16, 16] of accumulators are kept, this lane's. Of block j the pair of elements
+// (accumulator tile 2 j + t; r = 2 s, 2 s + 1) has number i = 4 j + 2 s + t: bits i and i + 16, of a word for 4 blocks.
+template <int BLOCKS>
+struct Kept {
+    unsigned int words[ceil_div(BLOCKS, 4)];
+
+    // A mask of both elements as they are packed: ones in the half of one that is kept.
+    __device__ __forceinline__ unsigned int packed_mask(int tile, int half) const {
+        return permute_bytes(words[tile / 8] << (15 - number(tile, half)), 0, 0xBB99);
+    }
+
+    __device__ __forceinline__ bool element(int tile, int r) const {
+        return words[tile / 8] >> (number(tile, r / 2) + r % 2 * 16) & 1;
+    }
+
+    __device__ __forceinline__ static int number(int tile, int half) { return tile / 2 % 4 * 4 + 2 * half + tile % 2; }
+};
+
 struct Dropout {
     unsigned int key0, key1, head, batch;
-    unsigned int threshold;
-    float scale;  // of kept elements
+    unsigned int addend;  // of both numbers in a word: carries into the sign of a half where it is kept
+    float scale;          // of kept elements
 
     __device__ __forceinline__ Dropout(const Params& p, int sequence, int head_index)
         : key0(static_cast<unsigned int>(p.seed)),
           key1(static_cast<unsigned int>(p.seed >> 32)),
           head(head_index),
           batch(sequence),
-          threshold(p.dropout_threshold),
+          addend((0x8000u - p.dropout_threshold) * 0x10001u),
           scale(p.dropout_scale) {}
 
-    // The four words of a counter.
-    __device__ __forceinline__ uint4 philox(unsigned int x0, unsigned int x1) const {
-        unsigned int x2 = head, x3 = batch, k0 = key0, k1 = key1;
-#pragma unroll 2
-        for (int round = 0; round < 10; ++round) {
+    // The four words of a counter, for eight elements: the sign of a half is set where its element is kept.
+    __device__ __forceinline__ uint4 signs(unsigned int x0, unsigned int x1) const {
+        unsigned int x2 = head, x3 = batch;
+#pragma unroll
+        for (int round = 0; round < 7; ++round) {
             const unsigned long long product0 = 0xD2511F53ull * x0, product1 = 0xCD9E8D57ull * x2;
-            x0 = static_cast<unsigned int>(product1 >> 32) ^ x1 ^ k0;
-            x2 = static_cast<unsigned int>(product0 >> 32) ^ x3 ^ k1;
+            x0 = static_cast<unsigned int>(product1 >> 32) ^ x1 ^ (key0 + round * 0x9E3779B9u);
+            x2 = static_cast<unsigned int>(product0 >> 32) ^ x3 ^ (key1 + round * 0xBB67AE85u);
             x1 = static_cast<unsigned int>(product1);
             x3 = static_cast<unsigned int>(product0);
-            k0 += 0x9E3779B9u;
-            k1 += 0xBB67AE85u;
         }
-        return make_uint4(x0, x1, x2, x3);
+        const auto compared = [&](unsigned int word) { return (word & ~SIGNS) + addend; };
+        return make_uint4(compared(x0), compared(x1), compared(x2), compared(x3));
     }
 
-    __device__ __forceinline__ float factor_of(unsigned int number) const { return number >= threshold ? scale : 0.0f; }
-
-    // Factors (0 or 1 / (1 - p)) of a [16, 16] block of accumulators, rows queries, columns keys: f[t] as accumulator
-    // t.
-    __device__ __forceinline__ void factors(float (&f)[2][4], int q_first, int kv_first) const {
+    // Rows queries from q_first on, columns keys.
+    template <int BLOCKS>
+    __device__ __forceinline__ void draw(Kept<BLOCKS>& kept, int q_first, int kv_first) const {
         const int lane = threadIdx.x % 32;
-        const uint4 words = philox(q_first / 2 + lane / 4, kv_first / 4 + lane % 4);
-        const unsigned int word[4] = {words.x, words.y, words.z, words.w};
+        collect(kept, [&](int block) { return signs(q_first / 2 + lane / 4, kv_first / 4 + 4 * block + lane % 4); });
+    }
+
+    // Rows keys, columns queries from q_first on. Two lanes, of an even key and the odd one behind it, need the same two
+    // counters, of an even query and the odd one: each takes one.
+    template <int BLOCKS>
+    __device__ __forceinline__ void draw_transposed(Kept<BLOCKS>& kept, int q_first, int kv_first) const {
+        const int lane = threadIdx.x % 32, odd = lane / 4 % 2;
+        collect(kept, [&](int block) {
+            return signs(q_first / 2 + 8 * block + lane % 4 * 2 + odd, kv_first / 4 + lane / 8);
+        });
 #pragma unroll
-        for (int t = 0; t < 2; ++t) {
-#pragma unroll
-            for (int s = 0; s < 2; ++s) {
-                f[t][2 * s] = factor_of(word[2 * s + t] & 0xFFFFu);
-                f[t][2 * s + 1] = factor_of(word[2 * s + t] >> 16);
-            }
+        for (unsigned int& word : kept.words) {
+            const unsigned int other = __shfl_xor_sync(0xFFFFFFFF, word, 4);
+            word = permute_bytes(word, other, odd ? 0x3276 : 0x5410);
         }
     }
 
-    // The same for rows keys, columns queries.
-    __device__ __forceinline__ void factors_transposed(float (&f)[2][4], int q_first, int kv_first) const {
-        const int lane = threadIdx.x % 32;
+    // What an element of P is multiplied by: 0 or 1 / (1 - p), and 1 without dropout.
+    template <int BLOCKS>
+    __device__ __forceinline__ float factor(const Kept<BLOCKS>& kept, int tile, int r) const {
+        if constexpr (!SPEC.dropout) return 1.0f;
+        return kept.element(tile, r) ? scale : 0.0f;
+    }
+
+    template <int BLOCKS, typename Signs>
+    __device__ __forceinline__ static void collect(Kept<BLOCKS>& kept, Signs signs_of) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const uint4 words = philox(q_first / 2 + lane % 4 * 2 + e, kv_first / 4 + lane / 8);
-            const unsigned int word[4] = {words.x, words.y, words.z, words.w};
+        for (int block = 0; block < BLOCKS; ++block) {
+            const uint4 signs = signs_of(block);
+            const unsigned int word[4] = {signs.x, signs.y, signs.z, signs.w};
+            unsigned int& bits = kept.words[block / 4];
+            if (block % 4 == 0) bits = 0;
 #pragma unroll
-            for (int s = 0; s < 2; ++s) {
-#pragma unroll
-                for (int t = 0; t < 2; ++t) {
-                    const unsigned int pair = word[2 * s + t];
-                    f[s][2 * t + e] = factor_of(lane / 4 % 2 ? pair >> 16 : pair & 0xFFFFu);
-                }
-            }
+            for (int i = 0; i < 4; ++i) bits |= (word[i] & SIGNS) >> (15 - (block % 4 * 4 + i));
         }
     }
 };

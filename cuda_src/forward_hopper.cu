@@ -28,20 +28,18 @@ constexpr int Q_BYTES = D / 64 * Q_PANEL, K_BYTES = D / 64 * KV_PANEL, V_BYTES =
 constexpr int O_BYTES = 16 * DV * 2;  // of one warp's rows
 constexpr int TASK_BYTES = SPEC.packed ? 32 : 16;
 constexpr int PRODUCER_REGISTERS = GROUPS == 3 ? 32 : 24, MATH_REGISTERS = GROUPS == 3 ? 160 : 240;
-static_assert(!SPEC.dropout || TILE.p_sets == 1);
 static_assert(TILE.q_slots >= GROUPS && TILE.q_slots <= 2 * GROUPS);
 static_assert(TILE.rows == 64 * GROUPS && TILE.cols % 16 == 0);
 static_assert(PRODUCER_REGISTERS + GROUPS * MATH_REGISTERS <= (GROUPS + 1) * LAUNCH_REGISTERS);
 
-// Without softcap and ALiBi S stays as the product gives it, and the scale joins the subtraction of the maximum.
-constexpr bool RAW_SCORES = !SPEC.softcap && !SPEC.alibi;
-constexpr bool LONG_SCORE_STAGE = !RAW_SCORES || SPEC.dropout;  // which needs registers of its own
+constexpr bool LONG_SCORE_STAGE = SPEC.softcap || SPEC.alibi || SPEC.dropout;  // which needs registers of its own
 // How far (in log2) scores may grow past m before m follows: P stays below 2^8.
 constexpr float RESCALE_THRESHOLD = 8.0f;
 // In the steady state nobody looks for the row maximum: m stays, and the row sums tell whether P is in range. P goes to
 // a second set of registers, which leaves S for the case that it is not; or, where registers do not suffice for that,
 // to the place of S, which is then computed again.
-constexpr bool KEEPS_M = !LONG_SCORE_STAGE, IN_PLACE = KEEPS_M && TILE.p_sets == 1;
+constexpr bool IN_PLACE = TILE.p_sets == 1;
+static_assert(!IN_PLACE || !LONG_SCORE_STAGE);
 // The largest sum of a lane's part of a row of P that counts as in range: of float16, or of the exponents that bfloat16
 // shares with float32, with room for V.
 constexpr float LARGEST_SUM = IN_PLACE && SPEC.dtype == Dtype::bfloat16 ? 0x1p30f : 0x1p12f;
@@ -129,9 +127,19 @@ __device__ __forceinline__ TileRange tiles_of_task(const Band& band, int q_first
     return tiles.first < tiles.last ? tiles : TileRange{beyond, beyond + 1};
 }
 
+// The tile of keys that is worked on at turn `turn`, a number of `tiles`. With ALiBi the first is that on the diagonal,
+// or under a right bound the last, and it goes back from there to tiles.first, then on behind the diagonal: the largest
+// scores come early, so that m can stay.
+__device__ __forceinline__ int tile_of_turn(const Band& band, const TileRange& tiles, int q_first, int turn) {
+    if constexpr (!SPEC.alibi) return turn;
+    if constexpr (SPEC.bounded_right) return tiles.first + tiles.last - 1 - turn;
+    const int diagonal = min(max((q_first + TILE.rows - 1 + band.offset) / TILE.cols, tiles.first), tiles.last - 1);
+    return turn <= diagonal ? tiles.first + diagonal - turn : turn;
+}
+
 // Whether a mask leaves some rows of a task a tile of keys less than others: where the first rows of two warpgroups lie
 // that far apart.
-constexpr bool TRIMS = (SPEC.bounded_left || SPEC.bounded_right) && TILE.rows - 64 >= TILE.cols;
+constexpr bool TRIMS = (SPEC.bounded_left || SPEC.bounded_right) && !SPEC.alibi && TILE.rows - 64 >= TILE.cols;
 
 // The tiles that 64 rows need: at either end up to one less than all. (Not fewer: in the step from task to task V of a
 // tile left out is given back last, when the producer may already wait for it.)
@@ -236,7 +244,8 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map,
             if (QUERIES && tile == tiles.first) {
                 for (int warpgroup = 0; warpgroup < SECOND_SLOTS; ++warpgroup) load_Q(task, warpgroup);
             }
-            const int kv_row = sequence.kv_row(tile * TILE.cols), kv_head = task.head / p.group;
+            const int kv_row = sequence.kv_row(tile_of_turn(band, tiles, task.q_first, tile) * TILE.cols);
+            const int kv_head = task.head / p.group;
             if (SPEC.packed && KEYS && tile + 1 == tiles.last) tickets.take();  // on its way while this loads
             if constexpr (KEYS) load_K(kv_row, kv_head, sequence.kv_place());
             if constexpr (VALUES) {
@@ -256,14 +265,34 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map,
     }
 }
 
-// The state of the online softmax of this lane's two rows.
+// What ALiBi adds to a lane's exponents of a tile.
+struct Slope {
+    float slope;     // in log2
+    float distance;  // how far the lane's first query is behind its first key
+
+    __device__ __forceinline__ float of(int n, int r) const {
+        return -slope * fabsf(distance + (r / 2 * 8 - 8 * n - r % 2));
+    }
+};
+
+// The state of the online softmax of this lane's two rows. It takes S as the product gives it, with softcap the tanh,
+// and the factor of the exponent joins the subtraction of m.
 //
 // A step is right whatever point m the exponentials refer to, as long as P stays in range. So m need not follow the row
 // maximum, and O is rarely rescaled.
 struct Softmax {
-    float m[2] = {MINUS_INFINITY, MINUS_INFINITY};  // the point exponentials refer to, in the units of S
+    float m[2] = {MINUS_INFINITY, MINUS_INFINITY};  // the point exponentials refer to, in the units of S, or log2
     float l[2] = {0.0f, 0.0f};                      // row sums of P, this lane's columns
     float factor;                                   // from the units of S to log2
+    Slope slope;
+
+    // From the units of m to log2: with ALiBi it is in log2.
+    __device__ __forceinline__ float unit() const { return SPEC.alibi ? 1.0f : factor; }
+
+    // A score in the units of m.
+    __device__ __forceinline__ float score(const float (&S)[N][4], int n, int r) const {
+        return SPEC.alibi ? fmaf(S[n][r], factor, slope.of(n, r)) : S[n][r];
+    }
 
     // For other rows; the factor stays.
     __device__ __forceinline__ void restart() {
@@ -280,17 +309,17 @@ struct Softmax {
         for (int half = 0; half < 2; ++half) {
             float x = m[half];
 #pragma unroll
-            for (int n = 0; n < N; ++n) x = fmaxf(x, fmaxf(S[n][2 * half], S[n][2 * half + 1]));
+            for (int n = 0; n < N; ++n) x = fmaxf(x, fmaxf(score(S, n, 2 * half), score(S, n, 2 * half + 1)));
             x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 1));
             largest[half] = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 2));
-            grown |= (largest[half] - m[half]) * factor > threshold;
+            grown |= (largest[half] - m[half]) * unit() > threshold;
         }
         const bool moved = __any_sync(0xFFFFFFFF, grown);
         if (moved) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const float reference = largest[half] == MINUS_INFINITY ? 0.0f : largest[half];
-                rescale[half] = exp2_approximate((m[half] - reference) * factor);
+                rescale[half] = exp2_approximate((m[half] - reference) * unit());
                 l[half] *= rescale[half];
                 m[half] = largest[half];
             }
@@ -298,18 +327,21 @@ struct Softmax {
         return moved;
     }
 
-    // P = 2^(factor (S - m)) and this lane's row sums, four neighbours at a time: `use(n, p)` takes accumulator tile n.
+    // P = 2^(factor S - m) and this lane's row sums, four neighbours at a time: `use(n, p)` takes accumulator tile n.
     template <typename Use>
-    __device__ __forceinline__ void exponentials(const float (&S)[N][4], float (&sum)[2], Use use) const {
-        const float offset[2] = {m[0] == MINUS_INFINITY ? 0.0f : m[0] * factor,
-                                 m[1] == MINUS_INFINITY ? 0.0f : m[1] * factor};
+    __device__ __forceinline__ void exponentials(const float (&S)[N][4], float (&sum)[2], Use use) {
+        // It looks new, or the compiler would keep what ALiBi adds to each element from one use to the next.
+        if constexpr (SPEC.alibi) asm volatile("" : "+f"(slope.distance));
+        const float offset[2] = {m[0] == MINUS_INFINITY ? 0.0f : m[0] * unit(),
+                                 m[1] == MINUS_INFINITY ? 0.0f : m[1] * unit()};
         sum[0] = sum[1] = 0.0f;
 #pragma unroll
         for (int n = 0; n < N; ++n) {
             float p[4];
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
-                p[r] = exp2_approximate(fmaf(S[n][r], factor, -offset[r / 2]));
+                const float term = SPEC.alibi ? slope.of(n, r) - offset[r / 2] : -offset[r / 2];
+                p[r] = exp2_approximate(fmaf(S[n][r], factor, term));
                 sum[r / 2] += p[r];
             }
             use(n, p);
@@ -328,10 +360,11 @@ struct Softmax {
     }
 };
 
-// Softcap, ALiBi and, where it cuts the tile, the mask of a tile of scores of one warp.
+// Softcap, as tanh alone, and, where it cuts the tile, the mask of a tile of scores of one warp.
 __device__ __forceinline__ void finish_scores(float (&S)[N][4], const Scores& scores, const Band& band, bool cut,
                                               int q_first, int kv_first) {
-    if (RAW_SCORES && !cut) return;
+    if constexpr (SPEC.softcap) tanh_of_tile(S, scores.factor);
+    if (!cut) return;
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -339,35 +372,18 @@ __device__ __forceinline__ void finish_scores(float (&S)[N][4], const Scores& sc
         for (int r = 0; r < 4; ++r) {
             const int q_index = q_first + lane / 4 + r / 2 * 8;
             const int kv_index = kv_first + 8 * n + lane % 4 * 2 + r % 2;
-            float derivative;
-            if constexpr (!RAW_SCORES) S[n][r] = scores.exponent(S[n][r], q_index, kv_index, derivative);
-            if (cut && !band.allows(q_index, kv_index)) S[n][r] = MINUS_INFINITY;
+            if (!band.allows(q_index, kv_index)) S[n][r] = MINUS_INFINITY;
         }
     }
 }
 
-// One accumulator tile of P, rounded to its place in the left operand of the next product.
-__device__ __forceinline__ void pack_tile(unsigned int (&P)[N / 2][4], int n, const float (&p)[4]) {
-    P[n / 2][n % 2 * 2] = pack(p[0], p[1]);
-    P[n / 2][n % 2 * 2 + 1] = pack(p[2], p[3]);
-}
-
-// All of P, which stands in S; dropped elements become 0.
-__device__ __forceinline__ void pack_all(unsigned int (&P)[N / 2][4], float (&S)[N][4], const Dropout& dropout,
-                                         int q_row, int kv_first) {
+// One accumulator tile of P; dropped elements become 0.
+__device__ __forceinline__ void pack_kept(unsigned int (&P)[N / 2][4], int n, const float (&p)[4],
+                                          const Kept<N / 2>& kept) {
+    pack_tile(P, n, p);
 #pragma unroll
-    for (int n = 0; n < N; n += 2) {
-        if constexpr (SPEC.dropout) {
-            float factors[2][4];
-            dropout.factors(factors, q_row, kv_first + 8 * n);
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-                S[n][r] *= factors[0][r];
-                S[n + 1][r] *= factors[1][r];
-            }
-        }
-        pack_tile(P, n, S[n]);
-        pack_tile(P, n + 1, S[n + 1]);
+    for (int half = 0; half < 2; ++half) {
+        if constexpr (SPEC.dropout) P[n / 2][n % 2 * 2 + half] &= kept.packed_mask(n, half);
     }
 }
 
@@ -395,7 +411,8 @@ __device__ __forceinline__ void issue_output(float (&O)[N_OUT][4], unsigned int 
     wgmma_commit();
 }
 
-// LSE, if anybody wants it, of the 16 rows of one warp, from row `row` of the task on, and the factors 1 / l of O.
+// LSE, if anybody wants it, of the 16 rows of one warp, from row `row` of the task on, and the factors of O: 1 / l, and
+// what dropout multiplies by.
 __device__ __forceinline__ void finish_softmax(const Params& p, const Task& task, int row, const Softmax& softmax,
                                                float (&scale)[2]) {
     const Sequence sequence = task.sequence(p);
@@ -404,7 +421,8 @@ __device__ __forceinline__ void finish_softmax(const Params& p, const Task& task
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float lse;
-        scale[half] = finish_row(p, sequence, task.head, softmax.m[half] * softmax.factor, softmax.l[half], lse);
+        scale[half] = finish_row(p, sequence, task.head, softmax.m[half] * softmax.unit(), softmax.l[half], lse);
+        if constexpr (SPEC.dropout) scale[half] *= p.dropout_scale;
         const int i = lane / 4 + 8 * half;
         if (p.lse.data != nullptr && lane % 4 == 0 && i < sequence.q_len - first) lse_gmem[i] = lse;
     }
@@ -478,7 +496,7 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
     Ring<> ring;
     Scores scores(p, 0, 0, band.offset);
     Softmax softmax;
-    softmax.factor = RAW_SCORES ? scores.factor : 1.0f;
+    softmax.factor = SPEC.softcap ? scores.cap : scores.factor;
     Task task;
     TileRange tiles;  // of keys that these rows of the task need
     int after;        // tiles that only the others need, behind those
@@ -502,6 +520,7 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
         if constexpr (SPEC.packed) band = band_of(task.sequence(p));
         scores = Scores(p, task.index, task.head, band.offset);
         softmax.restart();
+        softmax.slope.slope = scores.slope;
     };
     const Turn turn{warpgroup};
     // Tiles of the stream that these rows do not need: the turn is passed on, the buffers are given back.
@@ -532,13 +551,23 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
         if (lane == 0) barrier_arrive(smem.K_empty(ring.stage));
         if (lane == 0 && tile + 1 == tiles.last) barrier_arrive(smem.Q_empty(q_slot.index));
     };
+    auto kv_first = [&] { return tile_of_turn(band, tiles, task.q_first, tile) * TILE.cols; };
+    // Which elements of the tile dropout keeps: random numbers, which need no S and are drawn while it is computed.
+    Kept<N / 2> kept;
+    auto draw = [&] {
+        if constexpr (SPEC.dropout) {
+            const int q_row = task.q_first - (SPEC.packed ? task.shift : 0) + warp_row;
+            Dropout(p, task.index, task.head).draw(kept, q_row, kv_first());
+        }
+    };
     auto finish = [&] {
-        const bool cut = band.cuts(task.q_first + warpgroup * 64, 64, tile * TILE.cols, TILE.cols);
-        finish_scores(S, scores, band, cut, task.q_first + warp_row, tile * TILE.cols);
+        const bool cut = band.cuts(task.q_first + warpgroup * 64, 64, kv_first(), TILE.cols);
+        finish_scores(S, scores, band, cut, task.q_first + warp_row, kv_first());
+        softmax.slope.distance = scores.distance(task.q_first + warp_row + lane / 4, kv_first() + lane % 4 * 2);
     };
     auto pack_into = [&](unsigned int (&P)[N / 2][4]) {
-        const Dropout dropout(p, task.index, task.head);
-        pack_all(P, S, dropout, task.q_first - (SPEC.packed ? task.shift : 0) + warp_row, tile * TILE.cols);
+#pragma unroll
+        for (int n = 0; n < N; ++n) pack_kept(P, n, S[n], kept);
     };
     auto rescale_output = [&] {
 #pragma unroll
@@ -572,6 +601,7 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
         wgmma_fence();
         issue_scores(S, smem.Q(q_slot.index), smem.K(ring.stage));
         turn.pass();
+        draw();
         wgmma_wait<0>();
         pin(S);
         release_scores();
@@ -629,6 +659,7 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
             barrier_wait(smem.V_full(previous.stage), previous.parity);
             wgmma_fence();
             issue_output(O, P_even, smem.V(previous.stage), !first);
+            if (goes_on) draw();
             wgmma_wait<1>();
             pin(S);
             bool moved = false;
@@ -666,17 +697,22 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
                 barrier_wait(smem.V_full(before.stage), before.parity);
                 issue_output(O, P_previous, smem.V(before.stage), true);
                 turn.pass();
+                draw();
                 wgmma_wait<1>();
                 pin(S);
                 if constexpr (!IN_PLACE) release_scores();
                 finish();
                 bool grown = false, fits = true;
-                if constexpr (TILE.p_sets == 2) {
+                if constexpr (!IN_PLACE) {
                     // Again with another m where P is out of range; a loop, so that P is computed in one place. That it
                     // comes before the vote keeps it under the product: otherwise ptxas moves the wait before it.
 #pragma unroll 1
                     while (true) {
-                        softmax.exponentials(S, sum, [&](int n, const float (&x)[4]) { pack_tile(P, n, x); });
+                        // It looks new, or the compiler would compute all masks before the loop.
+                        if constexpr (SPEC.dropout) {
+                            for (unsigned int& word : kept.words) asm volatile("" : "+r"(word));
+                        }
+                        softmax.exponentials(S, sum, [&](int n, const float (&x)[4]) { pack_kept(P, n, x, kept); });
                         pin(P);
                         if (softmax.in_range(sum)) break;
                         const bool moved = softmax.follow(S, 0.0f, rescale);
@@ -684,14 +720,8 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
                         if (!moved) break;
                     }
                 } else {
-                    if constexpr (!KEEPS_M) grown = softmax.follow(S, RESCALE_THRESHOLD, rescale);
-                    // Once, since no sum is negative: a loop for the same end.
-#pragma unroll 1
-                    do {
-                        softmax.exponentials(S, sum, in_place);
-                    } while (!IN_PLACE && __any_sync(0xFFFFFFFF, sum[0] + sum[1] < 0.0f));
-                    if constexpr (IN_PLACE)
-                        fits = named_barrier_all(1 + GROUPS + warpgroup, 128, softmax.in_range(sum));
+                    softmax.exponentials(S, sum, in_place);
+                    fits = named_barrier_all(1 + GROUPS + warpgroup, 128, softmax.in_range(sum));
                 }
                 wgmma_wait<0>();
                 pin(O);
@@ -711,7 +741,7 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
                 }
                 softmax.add(sum);
                 if (grown) rescale_output();
-                if constexpr (TILE.p_sets == 1) pack_into(P);
+                if constexpr (IN_PLACE) pack_into(P);
             };
             // The other tiles of the task: an even number of them, so that the last P is in P_even.
             const int steps = crosses ? 0 : tiles.last - 1 - tile;

@@ -65,6 +65,7 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
 
         // Scale, softcap, ALiBi, bias and masks; S is times UNIT from here on.
         const bool cut = band.cuts(q_first, TILE.rows, kv_first, TILE.cols);
+        const float distance = scores.distance(q_first + warp_row + lane / 4, kv_first + lane % 4 * 2);
 #pragma unroll
         for (int i = 0; i < M; ++i) {
 #pragma unroll
@@ -74,7 +75,7 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                     const int q_index = q_first + warp_row + 16 * i + lane / 4 + r / 2 * 8;
                     const int kv_index = kv_first + 8 * n + lane % 4 * 2 + r % 2;
                     float derivative;
-                    S[i][n][r] = scores.exponent(S[i][n][r], q_index, kv_index, derivative,
+                    S[i][n][r] = scores.exponent(S[i][n][r], distance + (16 * i + r / 2 * 8 - 8 * n - r % 2), derivative,
                                                  dense.addend(q_index - q_first, kv_index - kv_first));
                     if (cut && !band.allows(q_index, kv_index)) S[i][n][r] = MINUS_INFINITY;
                 }
@@ -114,15 +115,12 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
         if constexpr (SPEC.dropout) {
 #pragma unroll
             for (int i = 0; i < M; ++i) {
+                Kept<N / 2> kept;
+                dropout.draw(kept, q_first + warp_row + 16 * i, kv_first);
 #pragma unroll
-                for (int n = 0; n < N; n += 2) {
-                    float factors[2][4];
-                    dropout.factors(factors, q_first + warp_row + 16 * i, kv_first + 8 * n);
+                for (int n = 0; n < N; ++n) {
 #pragma unroll
-                    for (int r = 0; r < 4; ++r) {
-                        S[i][n][r] *= factors[0][r];
-                        S[i][n + 1][r] *= factors[1][r];
-                    }
+                    for (int r = 0; r < 4; ++r) S[i][n][r] *= dropout.factor(kept, n, r);
                 }
             }
         }

@@ -59,10 +59,10 @@ __device__ __forceinline__ void for_each_listed(const Params& p, const Mail& mai
             barrier_arrive(mail.full);
         } else {
             barrier_wait(mail.full, parity);
-            rank = same(load_shared_word(mail.words));
-            head = same(load_shared_word(mail.words + 4));
-            if constexpr (WARP) __syncwarp();  // all lanes have read
-            if (!WARP || threadIdx.x % 32 == 0) barrier_arrive(mail.empty);
+            const bool reads = !WARP || threadIdx.x % 32 == 0;  // the lane that gives the words back
+            rank = same(reads ? load_shared_word(mail.words) : 0);
+            head = same(reads ? load_shared_word(mail.words + 4) : 0);
+            if (reads) barrier_arrive(mail.empty);
         }
         parity ^= 1;
         return rank;

@@ -56,7 +56,7 @@ struct CommonParams {
     int kv_tiles;                    // tiles of a head's keys
     int section_heads;               // heads whose tiles are worked on together, the longest first
     int left, right;                 // the mask keeps -left <= kv_pos - q_pos <= right
-    unsigned int dropout_threshold;  // an element of P is dropped when its 16-bit number is below
+    unsigned int dropout_threshold;  // an element of P is dropped when its 15-bit number is below
     float dropout_scale;             // 1 / (1 - dropout_p)
     float scale;                     // of the scores
     float softcap;

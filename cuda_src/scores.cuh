@@ -14,16 +14,52 @@ __device__ __forceinline__ float exp2_approximate(float x) {
     return y;
 }
 
-// tanh: to the last bits for float32, to a relative error of 1e-6 for 16-bit types (near 0 by its series, where the
-// quotient cancels).
+// tanh of |x| <= 1 to a relative error of 6e-7: x times the polynomial in x^2 whose largest relative error is least.
+__device__ __forceinline__ float tanh_of_small(float x) {
+    const float u = x * x;
+    float y = fmaf(-3.0670604e-3f, u, 1.67431162e-2f);
+    y = fmaf(y, u, -5.16056762e-2f);
+    y = fmaf(y, u, 0.13281434f);
+    y = fmaf(y, u, -0.333290424f);
+    return fmaf(y, u, 0.999999414f) * x;
+}
+
+// tanh to an absolute error of 2e-7.
+__device__ __forceinline__ float tanh_of_any(float x) {
+    return 1.0f - __fdividef(2.0f, 1.0f + exp2_approximate(x * (2.0f * LOG2_E)));
+}
+
+// tanh: to the last bits for float32, to a relative error of 6e-7 for 16-bit types.
 __device__ __forceinline__ float tanh_of(float x) {
-    if constexpr (SPEC.dtype == Dtype::float32) {
-        return tanhf(x);
+    if constexpr (SPEC.dtype == Dtype::float32) return tanhf(x);
+    return fabsf(x) <= 1.0f ? tanh_of_small(x) : tanh_of_any(x);
+}
+
+// X becomes tanh(factor X), for 16-bit types; all lanes of a warp together. Where some |factor x| > 1 the error of the
+// others is no smaller than that of the largest.
+template <int TILES>
+__device__ __forceinline__ void tanh_of_tile(float (&X)[TILES][4], float factor) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            X[n][r] *= factor;
+            largest = fmaxf(largest, fabsf(X[n][r]));
+        }
+    }
+    if (__all_sync(0xFFFFFFFF, largest <= 1.0f)) {
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) X[n][r] = tanh_of_small(X[n][r]);
+        }
     } else {
-        const float square = x * x;
-        const float series = x * (1.0f - square * (0.33333333f - square * (0.13333333f - square * 0.053968254f)));
-        const float quotient = 1.0f - __fdividef(2.0f, 1.0f + exp2_approximate(x * (2.0f * LOG2_E)));
-        return fabsf(x) < 0.15f ? series : quotient;
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) X[n][r] = tanh_of_any(X[n][r]);
+        }
     }
 }
 
@@ -31,8 +67,11 @@ __device__ __forceinline__ float tanh_of(float x) {
 // float32, whose roundings then are those of the plain formula.
 constexpr float UNIT = SPEC.dtype == Dtype::float32 ? 1.0f : LOG2_E;
 
-// e^(x / UNIT)
-__device__ __forceinline__ float exponential(float x) { return exp2_approximate(x * (LOG2_E / UNIT)); }
+// e^(x / UNIT): to the last bits for float32.
+__device__ __forceinline__ float exponential(float x) {
+    if constexpr (SPEC.dtype == Dtype::float32) return expf(x);
+    return exp2_approximate(x);
+}
 
 struct Scores {
     float factor;  // UNIT scale, or with softcap: scale / softcap
@@ -51,19 +90,26 @@ struct Scores {
         }
     }
 
-    // UNIT S from q.k; `derivative` becomes d S / d (scale q.k). `addend` is of the bias and the mask (dense.cuh).
-    __device__ __forceinline__ float exponent(float product, int q_index, int kv_index, float& derivative,
+    // How far a query is behind a key. To be asked once a tile, for a lane's first element: conversions are slow.
+    __device__ __forceinline__ float distance(int q_index, int kv_index) const {
+        return SPEC.alibi ? static_cast<float>(q_index + offset - kv_index) : 0.0f;
+    }
+
+    // UNIT S from q.k, or with softcap and TANH from the tanh; `derivative` becomes d S / d (scale q.k). `addend` is of
+    // the bias and the mask (dense.cuh).
+    template <bool TANH = false>
+    __device__ __forceinline__ float exponent(float product, float distance, float& derivative,
                                               float addend = 0.0f) const {
         float s;
         if constexpr (SPEC.softcap) {  // c tanh(s / c)
-            const float t = tanh_of(product * factor);
+            const float t = TANH ? product : tanh_of(product * factor);
             derivative = 1.0f - t * t;
             s = t * cap;
         } else {
             derivative = 1.0f;
             s = product * factor;
         }
-        if constexpr (SPEC.alibi) s -= slope * fabsf(static_cast<float>(q_index + offset - kv_index));
+        if constexpr (SPEC.alibi) s -= slope * fabsf(distance);
         if constexpr (DENSE) s = addend == MINUS_INFINITY ? addend : s + addend;  // -inf masks, whatever the score
         return s;
     }

@@ -60,8 +60,9 @@ __device__ __forceinline__ unsigned long long narrow_descriptor(unsigned int sme
 }
 
 // The names of the first accumulator registers.
-#define REGISTERS_32                                                       \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+#define REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define REGISTERS_32 \
+    REGISTERS_16     \
     ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define REGISTERS_40 REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define REGISTERS_48 REGISTERS_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
@@ -106,7 +107,9 @@ enum Major { K_MAJOR = 0, MN_MAJOR = 1 };
 // d [64, 8 TILES] = A B, or += with `add`. Asynchronous: see wgmma_commit.
 template <Major MAJOR, int TILES>
 __device__ __forceinline__ void wgmma_ss(float (&d)[TILES][4], unsigned long long a, unsigned long long b, bool add) {
-    if constexpr (TILES == 8) {
+    if constexpr (TILES == 4) {
+        WGMMA(WGMMA_SS_OF, 32, REGISTERS_16, TILES_4, 16, 17, 18, 19)
+    } else if constexpr (TILES == 8) {
         WGMMA(WGMMA_SS_OF, 64, REGISTERS_32, TILES_8, 32, 33, 34, 35)
     } else if constexpr (TILES == 10) {
         WGMMA(WGMMA_SS_OF, 80, REGISTERS_40, TILES_10, 40, 41, 42, 43)
@@ -135,12 +138,15 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[TILES][4], const unsigned in
     }
 }
 
-// Accumulators, rounded to the left operand of the next product.
+// Accumulator tile `n`, rounded to its place in the left operand of the next product.
+template <int STEPS>
+__device__ __forceinline__ void pack_tile(unsigned int (&packed)[STEPS][4], int n, const float (&d)[4]) {
+    packed[n / 2][n % 2 * 2] = pack(d[0], d[1]);
+    packed[n / 2][n % 2 * 2 + 1] = pack(d[2], d[3]);
+}
+
 template <int TILES>
 __device__ __forceinline__ void pack_all(unsigned int (&packed)[TILES / 2][4], const float (&d)[TILES][4]) {
 #pragma unroll
-    for (int i = 0; i < TILES; ++i) {
-        packed[i / 2][i % 2 * 2] = pack(d[i][0], d[i][1]);
-        packed[i / 2][i % 2 * 2 + 1] = pack(d[i][2], d[i][3]);
-    }
+    for (int n = 0; n < TILES; ++n) pack_tile(packed, n, d[n]);
 }

@@ -119,21 +119,21 @@ def tensor_core_error(case: Case, inputs: Inputs, name: str, oracle: np.ndarray)
     """What tensor cores lose beside float32 arithmetic.
 
     float32 factors are split in two TF32 terms, which keep 23 bits: half a unit in the last place of the result, also
-    where a naive computation happens to be exact (one key, P = 1). 16-bit factors are exact, but the sums S = q.k are
+    where a naive computation happens to be exact (one key, P = 1), and of S in LSE, where a bias may leave little of it.
+    16-bit factors are exact, but the sums S = q.k are
     truncated, not rounded, after every 8 of head_dim terms, by at most 2^-24 of the sum on average; LSE shows it,
     other results are rounded to 16 bits anyway.
     """
-    if case.dtype == "float32":
-        return 2**-24 * float(np.abs(oracle[np.isfinite(oracle)]).max(initial=0.0))
+    rounding = 2**-24 * float(np.abs(oracle[np.isfinite(oracle)]).max(initial=0.0)) if case.dtype == "float32" else 0.0
     if name != "lse" or not np.isfinite(oracle).any():
-        return 0.0
+        return rounding
     q, k = (np.nan_to_num(x.astype(np.float64), posinf=0, neginf=0) for x in (inputs.q, inputs.k))
     if case.layout == "bhsd":
         q, k = q.swapaxes(-3, -2), k.swapaxes(-3, -2)
     k = k.repeat(case.heads // case.kv_heads, axis=-2)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     largest = float(np.abs(scale * np.einsum("...qhd,...khd->...hqk", q, k)).max(initial=0.0))
-    return 2**-24 * -(-case.head_dim // 8) * largest
+    return max(rounding, 2**-24 * largest) if case.dtype == "float32" else 2**-24 * -(-case.head_dim // 8) * largest
 
 
 def _cupy(arch: str, *dtypes: str) -> Backend:

@@ -18,7 +18,7 @@ from cuflash.spec import Spec, Tile
 pytestmark = pytest.mark.gpu
 SOURCES = Path(__file__).resolve().parents[2] / "cuda_src"
 KERNELS = Path(__file__).with_name("primitives.cu")
-DTYPES, DIMS, COLS = ("float16", "bfloat16"), (64, 128, 192, 256), (64, 80, 96, 112, 128)
+DTYPES, DIMS, COLS = ("float16", "bfloat16"), (64, 128, 192, 256), (32, 64, 80, 96, 112, 128)
 
 
 @pytest.fixture
