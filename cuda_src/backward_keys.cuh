@@ -344,10 +344,14 @@ struct Elementwise {
         }
         if (cut) {
 #pragma unroll
-            for (int n = 0; n < N; ++n) {
+            for (int half = 0; half < 2; ++half) {
+                const unsigned int allowed = band.queries_of(kv_index(2 * half), q_index(q_first, 0, 0));
 #pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                    if (!band.allows(q_index(q_first, n, r), kv_index(r))) S[n][r] = 0.0f;
+                for (int n = 0; n < N; ++n) {
+#pragma unroll
+                    for (int u = 0; u < 2; ++u) {
+                        if (!(allowed >> (2 * n + u) & 1)) S[n][2 * half + u] = 0.0f;
+                    }
                 }
             }
         }

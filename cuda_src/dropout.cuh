@@ -72,7 +72,8 @@ struct Dropout {
     __device__ __forceinline__ void draw_transposed(Kept<BLOCKS>& kept, int q_first, int kv_first) const {
         const int lane = threadIdx.x % 32, odd = lane / 4 % 2;
         collect(kept, [&](int block) {
-            return signs(q_first / 2 + 8 * block + lane % 4 * 2 + odd, kv_first / 4 + lane / 8);
+            const uint4 words = signs(q_first / 2 + 8 * block + lane % 4 * 2 + odd, kv_first / 4 + lane / 8);
+            return make_uint4(words.x, words.z, words.y, words.w);  // rows and columns change places
         });
 #pragma unroll
         for (unsigned int& word : kept.words) {

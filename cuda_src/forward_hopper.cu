@@ -150,9 +150,15 @@ __device__ __forceinline__ TileRange tiles_of_rows(const Band& band, const TileR
     return own.first < own.last && some.first < some.last ? some : all;
 }
 
+// Whether the tiles of a head differ in their length: under a mask, but not in a window that is narrow.
+__device__ __forceinline__ bool uneven(const Params& p) {
+    if constexpr (SPEC.bounded_left && SPEC.bounded_right) return p.left + p.right >= p.kv_len / NARROW;
+    return SPEC.bounded_left || SPEC.bounded_right;
+}
+
 // The tasks of this thread block, in order: `use(task, tickets)`.
 //
-// Under a mask the tiles of a head differ. Either there is a block for each, the longest first; or, with a smaller
+// Where the tiles of a head differ, either there is a block for each, the longest first; or, with a smaller
 // grid, they are worked on in pairs: the last of a head with its first, the one before with the second and so on, so
 // that all pairs have as much to do. (Of an odd number of tiles the last has no partner, and is as long as the pairs.)
 // A block's place moves on from round to round, since what is left of differences has the period of a head.
@@ -172,7 +178,7 @@ __device__ __forceinline__ void for_each_task(const Params& p, const Layout& sme
     }
     Tickets none{p, NONE};
     const int heads = p.heads * p.batch, pairs = ceil_div(p.q_tiles, 2);
-    const bool paired = (SPEC.bounded_left || SPEC.bounded_right) && gridDim.x < p.q_tiles * heads;
+    const bool paired = uneven(p) && gridDim.x < p.q_tiles * heads;
     const int items = (paired ? pairs : p.q_tiles) * heads;
     for (int round = 0; round < ceil_div(items, gridDim.x); ++round) {
         const int item = round * gridDim.x + (blockIdx.x + round) % gridDim.x;
@@ -367,12 +373,14 @@ __device__ __forceinline__ void finish_scores(float (&S)[N][4], const Scores& sc
     if (!cut) return;
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
+    for (int half = 0; half < 2; ++half) {
+        const unsigned int allowed = band.keys_of(q_first + lane / 4 + 8 * half, kv_first + lane % 4 * 2);
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            const int q_index = q_first + lane / 4 + r / 2 * 8;
-            const int kv_index = kv_first + 8 * n + lane % 4 * 2 + r % 2;
-            if (!band.allows(q_index, kv_index)) S[n][r] = MINUS_INFINITY;
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int u = 0; u < 2; ++u) {
+                if (!(allowed >> (2 * n + u) & 1)) S[n][2 * half + u] = MINUS_INFINITY;
+            }
         }
     }
 }
@@ -743,15 +751,21 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
                 if (grown) rescale_output();
                 if constexpr (IN_PLACE) pack_into(P);
             };
-            // The other tiles of the task: an even number of them, so that the last P is in P_even.
+            // The other tiles of the task; the last P is in P_even.
             const int steps = crosses ? 0 : tiles.last - 1 - tile;
             if constexpr (TILE.p_sets == 2) {
-                if (steps % 2 == 0) {
 #pragma unroll 1
-                    for (int pair = 0; pair < steps / 2; ++pair) {
-                        advance(P_even, P_odd);
-                        advance(P_odd, P_even);
+                for (int left = steps; left > 0; left -= 2) {
+                    advance(P_even, P_odd);
+                    if (left == 1) {
+#pragma unroll
+                        for (int i = 0; i < N / 2; ++i) {
+#pragma unroll
+                            for (int r = 0; r < 4; ++r) P_even[i][r] = P_odd[i][r];
+                        }
+                        break;
                     }
+                    advance(P_odd, P_even);
                 }
             } else {
 #pragma unroll 1

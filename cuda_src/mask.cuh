@@ -3,6 +3,13 @@
 #pragma once
 #include "schedule.cuh"
 
+// A lane's columns across accumulator tiles: bit 2 n + u stands for column 8 n + u behind the lane's first. Those
+// before `limit`:
+__device__ __forceinline__ unsigned int columns_before(int limit) {
+    const int count = limit <= 0 ? 0 : limit / 8 * 2 + min(limit % 8, 2);
+    return __funnelshift_lc(0xFFFFFFFF, 0, count);  // ones in the `count` lowest bits, of 32 at most
+}
+
 struct Band {
     int left, right;
     int q_len, kv_len;
@@ -32,6 +39,24 @@ struct Band {
         if constexpr (SPEC.bounded_left) cut |= kv_first < q_last + offset - left;
         if constexpr (SPEC.bounded_right) cut |= kv_last > q_first + offset + right;
         return cut;
+    }
+
+    // Which keys of a lane's columns, the first of them kv_index, a query may attend to.
+    __device__ __forceinline__ unsigned int keys_of(int q_index, int kv_index) const {
+        const int position = q_index + offset;
+        const int stop = SPEC.bounded_right ? min(kv_len, position + right + 1) : kv_len;
+        unsigned int allowed = q_index < q_len ? columns_before(stop - kv_index) : 0;
+        if constexpr (SPEC.bounded_left) allowed &= ~columns_before(position - left - kv_index);
+        return allowed;
+    }
+
+    // Which queries of a lane's columns, the first of them q_index, may attend to a key.
+    __device__ __forceinline__ unsigned int queries_of(int kv_index, int q_index) const {
+        const int position = kv_index - offset;  // of the query at the key's place
+        const int stop = SPEC.bounded_left ? min(q_len, position + left + 1) : q_len;
+        unsigned int allowed = kv_index < kv_len ? columns_before(stop - q_index) : 0;
+        if constexpr (SPEC.bounded_right) allowed &= ~columns_before(position - right - q_index);
+        return allowed;
     }
 
     __device__ __forceinline__ bool allows(int q_index, int kv_index) const {

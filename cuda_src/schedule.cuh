@@ -40,6 +40,8 @@ __device__ __forceinline__ bool is_outside(const Params& p, const Sequence& sequ
     return SPEC.packed && sequence.index == p.batch;
 }
 
+constexpr int NARROW = 8;  // a window this many times narrower than the keys gives all tiles about as many
+
 // Heads are worked on in sections of p.section_heads, `ranks` tasks each, all heads of a section in turn: which rank is
 // number `number`, and of which `head` of all.
 __device__ __forceinline__ unsigned int rank_in_section(const Params& p, unsigned int number, unsigned int ranks,

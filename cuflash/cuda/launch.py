@@ -34,6 +34,7 @@ MAX_LENGTH = 2**29  # tokens: positions and bounds are 32-bit integers in the ke
 _UNBOUNDED = 2**30 - 1024  # a mask's bound beyond every position
 _MAX_BLOCKS = 2**31 - 1
 _SECTION_BYTES = 2**25  # of the L2 cache
+_NARROW = 8  # NARROW of cuda_src/schedule.cuh
 _PAIRED_TILES = 64  # of a head, up to which the Hopper forward works on them in pairs under a mask
 _SHARED_SIZE_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
@@ -497,6 +498,14 @@ def _vector(spec: Spec, layouts: Layouts) -> int:
 # ---- grids and parameters ----------------------------------------------------------------------------------------
 
 
+def _bounds(problem: Problem) -> tuple[int, int]:
+    """The mask's bounds as the kernels take them."""
+    left, right = (
+        _UNBOUNDED if side is None else min(side, _UNBOUNDED) for side in (problem.mask.left, problem.mask.right)
+    )
+    return left, right
+
+
 def _tiles(problem: Problem, length: int, rows: int) -> int:
     """Tiles of a head: exact when dense; packed, the bound of cuda_src/schedule.cuh with one range for rows outside."""
     return length // rows + problem.batch + 1 if problem.spec.packed else -(-length // rows)
@@ -508,7 +517,10 @@ def _blocks(name: str, problem: Problem, tile: Tile, multiprocessors: int, q_til
     heads = problem.heads * batch
     q_blocks = q_tiles * heads
     kv_blocks = _tiles(problem, problem.kv_len, tile.cols) * problem.kv_heads * batch
+    left, right = _bounds(problem)
     uneven = problem.spec.bounded_left or problem.spec.bounded_right
+    if problem.spec.bounded_left and problem.spec.bounded_right:
+        uneven = left + right >= problem.kv_len // _NARROW
 
     counts: dict[str, Callable[[], int]] = {
         "forward_list": lambda: 1,
@@ -553,8 +565,7 @@ def _params(
     problem: Problem, tile: Tile, layouts: Layouts, q_tiles: int, section_heads: int, accumulate: bool
 ) -> dict[str, int | float]:
     """The fields of struct Params, by the names of PARAMS and in their order; the pointers are 0."""
-    mask = problem.mask
-    left, right = (_UNBOUNDED if side is None else min(side, _UNBOUNDED) for side in (mask.left, mask.right))
+    left, right = _bounds(problem)
     values: dict[str, Any] = dict.fromkeys((name for name, _ in PARAMS), 0)
     for name, fields in (
         *((name, ("batch_stride", "row_stride", "head_stride")) for name in TENSORS),
