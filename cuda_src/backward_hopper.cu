@@ -163,18 +163,19 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
             issue_dp(dP, V_smem, stage, delta_ones);
 
             // P^T and dS^T  [64, rows]
-            unsigned int P[N / 2][4], dS[N / 2][4], derivatives[N][2];
+            unsigned int P[N / 2][4], dS[N / 2][4];
             const Dropout dropout(p, sequence.index, steps.head);
             Kept<N / 2> kept;  // random numbers, drawn while S is computed
             if constexpr (SPEC.dropout) dropout.draw_transposed(kept, q_first, kv_first + warp * 16);
             wgmma_wait<1>();
             pin(S);
-            elementwise.probabilities(S, derivatives, scores, stage, q_first, cut);
+            elementwise.probabilities(S, scores, stage, q_first, cut);
             pack_all(P, S);
             pin(P);
             wgmma_wait<0>();
             pin(dP);
-            elementwise.score_gradients(dP, P, derivatives, dropout, kept, stage);
+            elementwise.score_gradients(dP, P, scores, dropout, kept, stage, q_first);
+            if constexpr (SPEC.dropout) drop(P, kept);
             if (first && warpgroup == 0) named_barrier_arrive(FIRST_DONE, 256);
             pack_all(dS, dP);
 
@@ -236,7 +237,7 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
         }
         if (lane == 0) barrier_arrive(smem.KV_empty());
         store_keys<SPEC.head_dim>(p, p.dk, p.dk_float32, work, kv_row, dK, p.scale);
-        store_keys<SPEC.head_dim_v>(p, p.dv, p.dv_float32, work, kv_row, dV, SPEC.dropout ? p.dropout_scale : 1.0f);
+        store_keys<SPEC.head_dim_v>(p, p.dv, p.dv_float32, work, kv_row, dV, dv_scale(p));
     });
     if constexpr (WITH_DQ) {  // no arrival is left over
         for (int i = 0; i < DQ_SLOTS; ++i) named_barrier_wait(DQ_EMPTY + dq_slot(i, warpgroup), 160);

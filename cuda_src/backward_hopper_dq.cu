@@ -188,15 +188,12 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Lay
             }
             if (cut) {
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int q_index = q_first + warp_row + lane / 4 + 8 * half;
-                    const unsigned int allowed = band.keys_of(q_index, kv_first + lane % 4 * 2);
+                for (int n = 0; n < N; ++n) {
 #pragma unroll
-                    for (int n = 0; n < N; ++n) {
-#pragma unroll
-                        for (int u = 0; u < 2; ++u) {
-                            if (!(allowed >> (2 * n + u) & 1)) dP[n][2 * half + u] = 0.0f;
-                        }
+                    for (int r = 0; r < 4; ++r) {
+                        const int q_index = q_first + warp_row + lane / 4 + r / 2 * 8;
+                        const int kv_index = kv_first + 8 * n + lane % 4 * 2 + r % 2;
+                        if (!band.allows(q_index, kv_index)) dP[n][r] = 0.0f;
                     }
                 }
             }

@@ -11,7 +11,7 @@
 
 constexpr int P_SLOTS = 2;
 constexpr int P_BYTES = R * TILE.cols * 2;
-static_assert(TILE.cols == 64 && TILE.warps == 12 && !SPEC.softcap && !SPEC.dropout);
+static_assert(TILE.cols == 64 && TILE.warps == 12);
 
 // Where everything lies in shared memory.
 struct Layout : Barriers {
@@ -73,11 +73,14 @@ __device__ __forceinline__ void differentiate_values(const Params& p, const Layo
             barrier_wait(smem.statistics_full(walk.ring.stage), walk.ring.parity);
             wgmma_fence();
             issue_scores(S, smem.K, stage, ones);
+            Kept<N / 2> kept;  // random numbers, drawn while S is computed
+            if constexpr (SPEC.dropout) {
+                const Dropout dropout(p, work.sequence.index, steps.head);
+                dropout.draw_transposed(kept, q_first, kv_first + warp_row);
+            }
             wgmma_wait<0>();
             pin(S);
-            unsigned int derivatives[N][2];  // nothing without softcap
-            elementwise.probabilities(S, derivatives, scores, stage, q_first,
-                                      band.cuts(q_first, R, kv_first, TILE.cols));
+            elementwise.probabilities(S, scores, stage, q_first, band.cuts(q_first, R, kv_first, TILE.cols));
             unsigned int P[N / 2][4];
             pack_all(P, S);
 
@@ -89,7 +92,8 @@ __device__ __forceinline__ void differentiate_values(const Params& p, const Layo
             }
             barrier_arrive(smem.slot_full(walk.slot.stage));
 
-            // dV += P^T dO  [64, head_dim_v]
+            // dV += P^T dO  [64, head_dim_v], without what is dropped
+            if constexpr (SPEC.dropout) drop(P, kept);
             barrier_wait(smem.dO_full(walk.ring.stage), walk.ring.parity);
             wgmma_fence();
             issue_gradient(dV, P, stage.dO, !first);
@@ -111,7 +115,7 @@ __device__ __forceinline__ void differentiate_values(const Params& p, const Layo
 #pragma unroll 1
         while (steps.more()) step(false);
         if (lane == 0) barrier_arrive(smem.KV_empty());
-        store_keys<SPEC.head_dim_v>(p, p.dv, p.dv_float32, work, kv_first + warp_row, dV, 1.0f);
+        store_keys<SPEC.head_dim_v>(p, p.dv, p.dv_float32, work, kv_first + warp_row, dV, dv_scale(p));
     });
 }
 
@@ -128,6 +132,9 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
 
         auto step = [&](const bool first) {  // a constant where it is inlined
             const Stage stage = walk.stage(smem);
+            const int q_first = steps.tile * R;
+            const Scores scores(p, work.sequence.index, steps.head, band.offset);
+            const Dropout dropout(p, work.sequence.index, steps.head);
 
             // dP^T  [64, rows]
             float dP[N][4];
@@ -135,6 +142,8 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
             barrier_wait(smem.statistics_full(walk.ring.stage), walk.ring.parity);
             wgmma_fence();
             issue_dp(dP, smem.V, stage, ones);
+            Kept<N / 2> kept;  // random numbers, drawn while dP is computed
+            if constexpr (SPEC.dropout) dropout.draw_transposed(kept, q_first, kv_first + warp_row);
             wgmma_wait<0>();
             pin(dP);
 
@@ -144,7 +153,7 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
 #pragma unroll
             for (int i = 0; i < R / 16; ++i) load_shared(P[i], P_address(smem, walk.slot.stage, i));
             barrier_arrive(smem.slot_empty(walk.slot.stage));
-            elementwise.score_gradients(dP, P, {}, Dropout(p, 0, 0), {}, stage);
+            elementwise.score_gradients(dP, P, scores, dropout, kept, stage, q_first);
             pack_all(dS, dP);
 
             // dK += dS^T Q  [64, head_dim]

@@ -207,25 +207,31 @@ __device__ __forceinline__ void load_statistics(const Params& p, const Layout& s
             const int q_first = steps.tile * R, rows = sequence.q_len - q_first;
             const float* lse_gmem = statistic_rows(p.lse, sequence.batch, sequence.q_start + q_first, steps.head);
             const float* delta_gmem = statistic_rows(p.delta, sequence.batch, sequence.q_start + q_first, steps.head);
-            float lse[R / 32], delta[R / 32];
+            // Several rows of a lane at a time where there are registers for them.
+            constexpr int ROWS = FOLD ? R / 32 : 1;
+#pragma unroll 1
+            for (int first = 0; first < R; first += 32 * ROWS) {
+                float lse[ROWS], delta[ROWS];
 #pragma unroll
-            for (int i = 0; i < R / 32; ++i) {
-                const int row = lane + 32 * i;
-                lse[i] = row < rows ? lse_gmem[row] : MINUS_INFINITY;
-                delta[i] = row < rows ? delta_gmem[row] : 0.0f;
-            }
-            barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
+                for (int i = 0; i < ROWS; ++i) {
+                    const int row = first + lane + 32 * i;
+                    lse[i] = row < rows ? lse_gmem[row] : MINUS_INFINITY;
+                    delta[i] = row < rows ? delta_gmem[row] : 0.0f;
+                }
+                if (first == 0) barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
 #pragma unroll
-            for (int i = 0; i < R / 32; ++i) {
-                const unsigned int row_smem = smem.statistics + ring.stage * STATISTIC_BYTES + (lane + 32 * i) * 16;
-                const float reference = lse[i] == MINUS_INFINITY ? NEVER : lse[i];  // a row that attends to nothing
-                if constexpr (FOLD) {
-                    float s[3], d[3];
-                    split(-reference / p.scale, s);
-                    split(-delta[i], d);
-                    store_shared(row_smem, pack(s[0], s[1]), pack(s[2], d[0]), pack(d[1], d[2]), 0u);
-                } else {
-                    store_shared(row_smem, __float_as_uint(reference * UNIT), __float_as_uint(delta[i]), 0u, 0u);
+                for (int i = 0; i < ROWS; ++i) {
+                    const int row = first + lane + 32 * i;
+                    const unsigned int row_smem = smem.statistics + ring.stage * STATISTIC_BYTES + row * 16;
+                    const float reference = lse[i] == MINUS_INFINITY ? NEVER : lse[i];  // it attends to nothing
+                    if constexpr (FOLD) {
+                        float s[3], d[3];
+                        split(-reference / p.scale, s);
+                        split(-delta[i], d);
+                        store_shared(row_smem, pack(s[0], s[1]), pack(s[2], d[0]), pack(d[1], d[2]), 0u);
+                    } else {
+                        store_shared(row_smem, __float_as_uint(reference * UNIT), __float_as_uint(delta[i]), 0u, 0u);
+                    }
                 }
             }
             fence_async_proxy();
@@ -316,77 +322,85 @@ struct Elementwise {
         return scores.distance(q_index(q_first, 0, 0), kv_index(0));
     }
 
-    // S becomes P. With softcap its derivative, d S / d (scale q.k) = 1 - tanh^2, is packed too.
-    __device__ __forceinline__ void probabilities(float (&S)[N][4], unsigned int (&derivatives)[N][2],
-                                                  const Scores& scores, const Stage& stage, int q_first,
-                                                  bool cut) const {
+    // How far this lane's first query is behind its first key, and the others.
+    __device__ __forceinline__ float first_distance(const Scores& scores, int q_first) const {
+        return scores.distance(q_index(q_first, 0, 0), kv_index(0));
+    }
+
+    __device__ __forceinline__ static float further(int n, int r) { return 8 * n + r % 2 - r / 2 * 8; }
+
+    // S becomes P.
+    __device__ __forceinline__ void probabilities(float (&S)[N][4], const Scores& scores, const Stage& stage,
+                                                  int q_first, bool cut) const {
         if constexpr (SPEC.softcap) tanh_of_tile(S, scores.factor);
-        const float first = scores.distance(q_index(q_first, 0, 0), kv_index(0));
+        const float distance = first_distance(scores, q_first);
 #pragma unroll
         for (int n = 0; n < N; ++n) {
             float4 reference;
             if constexpr (!FOLD) reference = statistics(stage, n);
-            float derivative[4];
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
                 if constexpr (FOLD) {
                     S[n][r] = exp2_approximate(S[n][r] * scores.factor);
                 } else {
-                    const float distance = first + (8 * n + r % 2 - r / 2 * 8);
-                    const float exponent = scores.exponent<true>(S[n][r], distance, derivative[r]);
+                    float derivative;
+                    const float exponent = scores.exponent<true>(S[n][r], distance + further(n, r), derivative);
                     S[n][r] = exponential(exponent - (r % 2 ? reference.z : reference.x));
                 }
-            }
-            if constexpr (SPEC.softcap) {
-                derivatives[n][0] = pack_half(derivative[0], derivative[1]);
-                derivatives[n][1] = pack_half(derivative[2], derivative[3]);
             }
         }
         if (cut) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const unsigned int allowed = band.queries_of(kv_index(2 * half), q_index(q_first, 0, 0));
+            for (int n = 0; n < N; ++n) {
 #pragma unroll
-                for (int n = 0; n < N; ++n) {
-#pragma unroll
-                    for (int u = 0; u < 2; ++u) {
-                        if (!(allowed >> (2 * n + u) & 1)) S[n][2 * half + u] = 0.0f;
-                    }
+                for (int r = 0; r < 4; ++r) {
+                    if (!band.allows(q_index(q_first, n, r), kv_index(r))) S[n][r] = 0.0f;
                 }
             }
         }
     }
 
-    // dP becomes dS = P (dP - D), with P as it was rounded for dV, times the derivative of softcap; elements that are
-    // dropped have no dP, and become 0 in P.
-    __device__ __forceinline__ void score_gradients(float (&dP)[N][4], unsigned int (&P)[N / 2][4],
-                                                    const unsigned int (&derivatives)[N][2], const Dropout& dropout,
-                                                    const Kept<N / 2>& kept, const Stage& stage) const {
+    // dP becomes dS = P (dP - D), with P as it was rounded for dV. Elements that are dropped have no dP. With softcap dS is multiplied by the derivative 1 - tanh^2, whose tanh is found from P again: to keep either
+    // would take registers, and its error is that of P's rounding.
+    __device__ __forceinline__ void score_gradients(float (&dP)[N][4], const unsigned int (&P)[N / 2][4],
+                                                    const Scores& scores, const Dropout& dropout,
+                                                    const Kept<N / 2>& kept, const Stage& stage, int q_first) const {
+        const float distance = first_distance(scores, q_first);
 #pragma unroll
         for (int n = 0; n < N; ++n) {
             float4 reference;
             if constexpr (!FOLD) reference = statistics(stage, n);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                unsigned int& packed = P[n / 2][n % 2 * 2 + half];
-                const float2 pair = unpack(packed);
-                float(&x)[4] = dP[n];
-                if constexpr (SPEC.dropout) {
-                    x[2 * half] *= dropout.factor(kept, n, 2 * half);
-                    x[2 * half + 1] *= dropout.factor(kept, n, 2 * half + 1);
-                    packed &= kept.packed_mask(n, half);
-                }
-                x[2 * half] = pair.x * (FOLD ? x[2 * half] : x[2 * half] - reference.y);
-                x[2 * half + 1] = pair.y * (FOLD ? x[2 * half + 1] : x[2 * half + 1] - reference.w);
-                if constexpr (SPEC.softcap) {
-                    const float2 derivative = unpack_half(derivatives[n][half]);
-                    x[2 * half] *= derivative.x;
-                    x[2 * half + 1] *= derivative.y;
+                const float2 pair = unpack(P[n / 2][n % 2 * 2 + half]);
+#pragma unroll
+                for (int u = 0; u < 2; ++u) {
+                    const int r = 2 * half + u;
+                    const float probability = u ? pair.y : pair.x;
+                    float x = dP[n][r];
+                    if constexpr (SPEC.dropout) x *= dropout.factor(kept, n, r);
+                    if constexpr (!FOLD) x -= u ? reference.w : reference.y;
+                    dP[n][r] = probability * x;
+                    if constexpr (SPEC.softcap) {
+                        const float lse = u ? reference.z : reference.x;
+                        dP[n][r] *= scores.derivative_of(probability, lse, distance + further(n, r));
+                    }
                 }
             }
         }
     }
 };
+
+// Dropped elements of P become 0; the others are multiplied by p.dropout_scale in dV.
+__device__ __forceinline__ void drop(unsigned int (&P)[N / 2][4], const Kept<N / 2>& kept) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) P[n / 2][n % 2 * 2 + half] &= kept.packed_mask(n, half);
+    }
+}
+
+__device__ __forceinline__ float dv_scale(const Params& p) { return SPEC.dropout ? p.dropout_scale : 1.0f; }
 
 // dK or dV of one warp's 16 keys from `kv_row` on, zero where no query attends to them.
 template <int DIM, int TILES>

@@ -3,12 +3,19 @@
 #pragma once
 #include "params.cuh"
 
-// `lanes` bits select bytes of two words: byte i of the result is byte s of (low, high) for s = bits 4 i to 4 i + 2, or
-// the sign of that byte, eight times, where bit 4 i + 3 is set.
+// Byte i of the result is byte s of (low, high), s the bits 4 i to 4 i + 2 of the selector, or where its bit 4 i + 3 is
+// set the sign of that byte, eight times.
 __device__ __forceinline__ unsigned int permute_bytes(unsigned int low, unsigned int high, unsigned int selector) {
     unsigned int y;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(low), "r"(high), "r"(selector));
     return y;
+}
+
+// The two words of a b. (For 64-bit integers the compiler adds the product of their upper words, which are 0.)
+__device__ __forceinline__ void multiply_wide(unsigned int& low, unsigned int& high, unsigned int a, unsigned int b) {
+    asm("{ .reg .b64 product; mul.wide.u32 product, %2, %3; mov.b64 {%0, %1}, product; }"
+        : "=r"(low), "=r"(high)
+        : "r"(a), "r"(b));
 }
 
 constexpr unsigned int SIGNS = 0x80008000u;  // of the two halves of a word
@@ -32,13 +39,13 @@ struct Kept {
 };
 
 struct Dropout {
-    unsigned int key0, key1, head, batch;
+    const RoundKeys& keys;
+    unsigned int head, batch;
     unsigned int addend;  // of both numbers in a word: carries into the sign of a half where it is kept
     float scale;          // of kept elements
 
     __device__ __forceinline__ Dropout(const Params& p, int sequence, int head_index)
-        : key0(static_cast<unsigned int>(p.seed)),
-          key1(static_cast<unsigned int>(p.seed >> 32)),
+        : keys(p.keys),
           head(head_index),
           batch(sequence),
           addend((0x8000u - p.dropout_threshold) * 0x10001u),
@@ -47,13 +54,16 @@ struct Dropout {
     // The four words of a counter, for eight elements: the sign of a half is set where its element is kept.
     __device__ __forceinline__ uint4 signs(unsigned int x0, unsigned int x1) const {
         unsigned int x2 = head, x3 = batch;
+        const unsigned long long key[] = {keys.r0, keys.r1, keys.r2, keys.r3, keys.r4, keys.r5, keys.r6};
 #pragma unroll
         for (int round = 0; round < 7; ++round) {
-            const unsigned long long product0 = 0xD2511F53ull * x0, product1 = 0xCD9E8D57ull * x2;
-            x0 = static_cast<unsigned int>(product1 >> 32) ^ x1 ^ (key0 + round * 0x9E3779B9u);
-            x2 = static_cast<unsigned int>(product0 >> 32) ^ x3 ^ (key1 + round * 0xBB67AE85u);
-            x1 = static_cast<unsigned int>(product1);
-            x3 = static_cast<unsigned int>(product0);
+            unsigned int low0, high0, low1, high1;
+            multiply_wide(low0, high0, x0, 0xD2511F53u);
+            multiply_wide(low1, high1, x2, 0xCD9E8D57u);
+            x0 = high1 ^ x1 ^ static_cast<unsigned int>(key[round]);
+            x2 = high0 ^ x3 ^ static_cast<unsigned int>(key[round] >> 32);
+            x1 = low1;
+            x3 = low0;
         }
         const auto compared = [&](unsigned int word) { return (word & ~SIGNS) + addend; };
         return make_uint4(compared(x0), compared(x1), compared(x2), compared(x3));

@@ -422,14 +422,14 @@ __device__ __forceinline__ void issue_output(float (&O)[N_OUT][4], unsigned int 
 // LSE, if anybody wants it, of the 16 rows of one warp, from row `row` of the task on, and the factors of O: 1 / l, and
 // what dropout multiplies by.
 __device__ __forceinline__ void finish_softmax(const Params& p, const Task& task, int row, const Softmax& softmax,
-                                               float (&scale)[2]) {
+                                               float sink, float (&scale)[2]) {
     const Sequence sequence = task.sequence(p);
     const int lane = threadIdx.x % 32, first = task.q_first + row;
     float* lse_gmem = statistic_rows(p.lse, sequence.batch, sequence.q_start + first, task.head);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float lse;
-        scale[half] = finish_row(p, sequence, task.head, softmax.m[half] * softmax.unit(), softmax.l[half], lse);
+        scale[half] = finish_row(softmax.m[half] * softmax.unit(), softmax.l[half], sink, lse);
         if constexpr (SPEC.dropout) scale[half] *= p.dropout_scale;
         const int i = lane / 4 + 8 * half;
         if (p.lse.data != nullptr && lane % 4 == 0 && i < sequence.q_len - first) lse_gmem[i] = lse;
@@ -659,7 +659,7 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
             if (crosses) {
                 finished = task;
                 pending = true;
-                finish_softmax(p, finished, warp_row, softmax, scale);
+                finish_softmax(p, finished, warp_row, softmax, scores.sink, scale);
                 begin(next);
                 tile = tiles.first - 1;  // not `else ++tile`: ptxas would take the tile for one that differs in a warp
             }
@@ -751,21 +751,15 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
                 if (grown) rescale_output();
                 if constexpr (IN_PLACE) pack_into(P);
             };
-            // The other tiles of the task; the last P is in P_even.
+            // The other tiles of the task: an even number of them, so that the last P is in P_even.
             const int steps = crosses ? 0 : tiles.last - 1 - tile;
             if constexpr (TILE.p_sets == 2) {
+                if (steps % 2 == 0) {
 #pragma unroll 1
-                for (int left = steps; left > 0; left -= 2) {
-                    advance(P_even, P_odd);
-                    if (left == 1) {
-#pragma unroll
-                        for (int i = 0; i < N / 2; ++i) {
-#pragma unroll
-                            for (int r = 0; r < 4; ++r) P_even[i][r] = P_odd[i][r];
-                        }
-                        break;
+                    for (int pair = 0; pair < steps / 2; ++pair) {
+                        advance(P_even, P_odd);
+                        advance(P_odd, P_even);
                     }
-                    advance(P_odd, P_even);
                 }
             } else {
 #pragma unroll 1

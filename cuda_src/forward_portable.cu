@@ -140,7 +140,7 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float lse;
-            scale[half] = finish_row(p, sequence, head, m[i][half], l[i][half], lse);
+            scale[half] = finish_row(m[i][half], l[i][half], scores.sink, lse);
             const int row = warp_row + 16 * i + lane / 4 + 8 * half;
             if (p.lse.data != nullptr && lane % 4 == 0 && first_col == 0 && row < q_rows) lse_gmem[row] = lse;
         }

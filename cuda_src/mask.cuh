@@ -50,15 +50,6 @@ struct Band {
         return allowed;
     }
 
-    // Which queries of a lane's columns, the first of them q_index, may attend to a key.
-    __device__ __forceinline__ unsigned int queries_of(int kv_index, int q_index) const {
-        const int position = kv_index - offset;  // of the query at the key's place
-        const int stop = SPEC.bounded_left ? min(q_len, position + left + 1) : q_len;
-        unsigned int allowed = kv_index < kv_len ? columns_before(stop - q_index) : 0;
-        if constexpr (SPEC.bounded_right) allowed &= ~columns_before(position - right - q_index);
-        return allowed;
-    }
-
     __device__ __forceinline__ bool allows(int q_index, int kv_index) const {
         bool allowed = kv_index < kv_len && q_index < q_len;
         if constexpr (SPEC.bounded_left) allowed &= kv_index >= q_index + offset - left;

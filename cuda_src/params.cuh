@@ -26,6 +26,11 @@ struct DenseArray {
     long long col_stride;
 };
 
+// The keys of Philox's rounds, of which the kernels read them as constants: the low word is that of the first factor.
+struct RoundKeys {
+    unsigned long long r0, r1, r2, r3, r4, r5, r6;
+};
+
 // What every call has.
 struct CommonParams {
     Tensor q, k, v, out;       // the forward's arrays
@@ -46,8 +51,8 @@ struct CommonParams {
     void* dsinks;              // [heads], sinks' dtype
     const void* cu_seqlens_q;  // [batch + 1] int32 or int64
     const void* cu_seqlens_k;
-    unsigned long long seed;  // Philox key
-    int batch;                // sequences
+    RoundKeys keys;  // of the seed of dropout
+    int batch;       // sequences
     int heads;
     int group;  // heads / kv_heads
     int q_len;  // packed: the total of all rows

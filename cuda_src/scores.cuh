@@ -14,6 +14,13 @@ __device__ __forceinline__ float exp2_approximate(float x) {
     return y;
 }
 
+// log2 x to an absolute error of 2^-22.
+__device__ __forceinline__ float log2_approximate(float x) {
+    float y;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // tanh of |x| <= 1 to a relative error of 6e-7: x times the polynomial in x^2 whose largest relative error is least.
 __device__ __forceinline__ float tanh_of_small(float x) {
     const float u = x * x;
@@ -39,16 +46,16 @@ __device__ __forceinline__ float tanh_of(float x) {
 // others is no smaller than that of the largest.
 template <int TILES>
 __device__ __forceinline__ void tanh_of_tile(float (&X)[TILES][4], float factor) {
-    float largest = 0.0f;
+    float largest[4] = {};  // several, so that they need not wait for each other
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
             X[n][r] *= factor;
-            largest = fmaxf(largest, fabsf(X[n][r]));
+            largest[r] = fmaxf(largest[r], fabsf(X[n][r]));
         }
     }
-    if (__all_sync(0xFFFFFFFF, largest <= 1.0f)) {
+    if (__all_sync(0xFFFFFFFF, fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])) <= 1.0f)) {
 #pragma unroll
         for (int n = 0; n < TILES; ++n) {
 #pragma unroll
@@ -76,18 +83,24 @@ __device__ __forceinline__ float exponential(float x) {
 struct Scores {
     float factor;  // UNIT scale, or with softcap: scale / softcap
     float cap;     // UNIT softcap
+    float inverse_cap;
     float slope;   // UNIT ALiBi slope of the head
+    float sink;    // of the head, if it has one
     int offset;    // q_pos - q_index
 
     __device__ __forceinline__ Scores(const Params& p, int sequence, int head, int position_offset)
         : factor(SPEC.softcap ? p.scale / p.softcap : p.scale * UNIT),
           cap(p.softcap * UNIT),
+          inverse_cap(SPEC.softcap ? 1.0f / (p.softcap * UNIT) : 0.0f),
           slope(0.0f),
+          sink(MINUS_INFINITY),
           offset(position_offset) {
-        if (SPEC.alibi && sequence < p.batch) {  // the rows outside of all sequences have no slope
+        if (sequence == p.batch) return;  // the rows outside of all sequences have no slope and no sink
+        if constexpr (SPEC.alibi) {
             const long long index = sequence * p.alibi_batch_stride + head * p.alibi_head_stride;
             slope = UNIT * load_scalar(p.alibi_slopes, index, p.alibi_float32);
         }
+        if constexpr (SPEC.sinks) sink = load_scalar(p.sinks, head * p.sinks_stride, p.sinks_float32);
     }
 
     // How far a query is behind a key. To be asked once a tile, for a lane's first element: conversions are slow.
@@ -112,5 +125,14 @@ struct Scores {
         if constexpr (SPEC.alibi) s -= slope * fabsf(distance);
         if constexpr (DENSE) s = addend == MINUS_INFINITY ? addend : s + addend;  // -inf masks, whatever the score
         return s;
+    }
+
+    // With softcap, 16-bit types and no dense terms: d S / d (scale q.k) from P = 2^(UNIT S - lse); anything where P is
+    // 0.
+    __device__ __forceinline__ float derivative_of(float probability, float lse, float distance) const {
+        float s = log2_approximate(fmaxf(probability, 0x1p-126f)) + lse;
+        if constexpr (SPEC.alibi) s += slope * fabsf(distance);
+        const float t = s * inverse_cap;
+        return 1.0f - t * t;
     }
 };

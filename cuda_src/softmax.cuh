@@ -9,9 +9,7 @@ __device__ __forceinline__ float log_of(float x) {
     if constexpr (SPEC.dtype == Dtype::float32) {
         return logf(x);
     } else {
-        float y;
-        asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-        return y * LN_2;
+        return log2_approximate(x) * LN_2;
     }
 }
 
@@ -27,14 +25,12 @@ __device__ __forceinline__ float reciprocal(float x) {
 
 // The factor 1 / l of a row of O and its LSE, from the point m its exponentials refer to (times UNIT, -inf for a row
 // without keys) and this lane's part of the row sum l; exp(sink) joins the denominator here.
-__device__ __forceinline__ float finish_row(const Params& p, const Sequence& sequence, int head, float m, float l,
-                                            float& lse) {
+__device__ __forceinline__ float finish_row(float m, float l, float sink, float& lse) {
     l += __shfl_xor_sync(0xFFFFFFFF, l, 1);
     l += __shfl_xor_sync(0xFFFFFFFF, l, 2);
     float rescale = 1.0f;
-    if (SPEC.sinks && !is_outside(p, sequence)) {
+    if constexpr (SPEC.sinks) {
         // In natural units, so that a sink far above all scores is the LSE to its last bit.
-        const float sink = load_scalar(p.sinks, head * p.sinks_stride, p.sinks_float32);
         const float m_natural = m * (1.0f / UNIT);
         const float largest = fmaxf(m_natural, sink);
         const float reference = largest == MINUS_INFINITY ? 0.0f : largest;

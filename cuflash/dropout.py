@@ -14,9 +14,12 @@ the index of the sequence when sequences are packed.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numpy.typing import ArrayLike
 
+ROUNDS = 7
 _MULTIPLIER = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEP = (0x9E3779B9, 0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
@@ -24,19 +27,26 @@ _SHIFT = np.uint64(32)
 
 
 def philox4x32(
-    counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: tuple[int, int], rounds: int = 7
+    counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: tuple[int, int], rounds: int = ROUNDS
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Four 32-bit random words for each counter (four broadcastable integer arrays); returned as uint64 arrays."""
     x0, x1, x2, x3 = (np.asarray(word, dtype=np.uint64) for word in counter)
-    key0, key1 = key
-    for _ in range(rounds):
+    for both in round_keys(key[0] | key[1] << 32, rounds):
+        key0, key1 = np.uint64(both & 0xFFFFFFFF), np.uint64(both >> 32)
         product0 = x0 * _MULTIPLIER[0]
         product1 = x2 * _MULTIPLIER[1]
-        x0, x2 = (product1 >> _SHIFT) ^ x1 ^ np.uint64(key0), (product0 >> _SHIFT) ^ x3 ^ np.uint64(key1)
+        x0, x2 = (product1 >> _SHIFT) ^ x1 ^ key0, (product0 >> _SHIFT) ^ x3 ^ key1
         x1, x3 = product1 & _LOW, product0 & _LOW
-        key0 = (key0 + _KEY_STEP[0]) & 0xFFFFFFFF
-        key1 = (key1 + _KEY_STEP[1]) & 0xFFFFFFFF
     return x0, x1, x2, x3
+
+
+@functools.lru_cache(maxsize=16)
+def round_keys(seed: int, rounds: int = ROUNDS) -> tuple[int, ...]:
+    """The two key words of every round, the first in the low half of a 64-bit number."""
+    return tuple(
+        (seed + round * _KEY_STEP[0]) % 2**32 | ((seed >> 32) + round * _KEY_STEP[1]) % 2**32 << 32
+        for round in range(rounds)
+    )
 
 
 def threshold(dropout_p: float) -> int:

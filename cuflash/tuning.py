@@ -107,7 +107,10 @@ _HOPPER_FORWARD_COLS = {
 # Tiles of the Hopper backward as (rows, cols, stages, warps), by kernel and head dimension: a producer warpgroup and
 # two that compute. Registers of a lane: in dK and dV together head_dim (wide: head_dim / 2, one of the two a
 # warpgroup), rows / 2 each for S and dP, rows / 4 each for P and dS; in dQ head_dim / 2, cols / 2 each for S and dP,
-# cols / 4 for dS, and head_dim / 2 for Q and dO where they stay in registers.
+# cols / 4 for dS, and head_dim / 2 for Q and dO where they stay in registers. Several of softcap, ALiBi and dropout
+# together leave registers for half the rows of dK and dV, and for no dQ beside them. With one of softcap and dropout up
+# to 64 bytes are spilled of what a tile needs before and after its steps, and one or two of its numbers in a step: that
+# costs less than dQ by a kernel of its own.
 _HOPPER_BACKWARD = {
     "backward_hopper": {64: (128, 128, 2, 12), 128: (64, 128, 2, 12)},
     "backward_hopper_wide": {192: (64, 64, 2, 12), 256: (64, 64, 2, 12)},
@@ -146,7 +149,7 @@ _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, h
         *_DENSE,
     ),
     "backward_hopper": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "deterministic", "lean"),
-    "backward_hopper_wide": ("bounded_left", "bounded_right", "alibi"),
+    "backward_hopper_wide": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout"),
     "backward_hopper_dq": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout"),
     "forward_list": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout"),
     "backward_list": ("bounded_left", "bounded_right"),
@@ -203,8 +206,12 @@ def has_hopper(spec: Spec, *, backward: bool) -> bool:
     if not backward:
         return True
     panels, panels_v = map(_whole_panels, dims)
-    wide = _of_keys(spec) == "backward_hopper_wide"
-    return panels == panels_v and not (wide and (spec.softcap or spec.dropout))
+    if panels != panels_v:
+        return False
+    # What registers suffice for.
+    if _of_keys(spec) == "backward_hopper_wide" and _score_options(spec) > 1:
+        return False
+    return panels <= 192 or not (spec.softcap or spec.dropout)
 
 
 def _of_keys(spec: Spec) -> str:
@@ -215,13 +222,18 @@ def _of_keys(spec: Spec) -> str:
 
 def _dq_alone(spec: Spec) -> bool:
     """Whether dQ is left to a kernel of its own, which needs no workspace: lean, or where registers do not suffice."""
-    ordered_and_long = spec.deterministic and (spec.bounded_left or spec.alibi)
+    ordered_and_long = spec.deterministic and (spec.bounded_left or _score_options(spec) > 0)
     wide = _of_keys(spec) == "backward_hopper_wide"
-    return spec.lean or ordered_and_long or wide
+    return spec.lean or ordered_and_long or wide or _score_options(spec) > 1
 
 
 def _whole_panels(dim: int) -> int:
     return -(-dim // 64) * 64
+
+
+def _score_options(spec: Spec) -> int:
+    """How many options take registers of the Hopper kernels' score stage."""
+    return spec.softcap + spec.alibi + spec.dropout
 
 
 def _long_score_stage(spec: Spec) -> bool:
@@ -265,6 +277,8 @@ def tile_of(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int |
         return _hopper_forward_tile(spec, vector)
     if kernel in _HOPPER_BACKWARD:
         rows, cols, stages, warps = _HOPPER_BACKWARD[kernel][_whole_panels(spec.head_dim)]
+        if kernel == "backward_hopper" and _score_options(spec) > 1:
+            rows //= 2
         return Tile(rows=rows, cols=cols, stages=stages, warps=warps, blocks=1, vector=vector)
     if kernel in _FIXED:
         return replace(_FIXED[kernel], vector=vector)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxlib import version as jaxlib_version
 
+from cuflash import dropout
 from cuflash.adapters.jax import _gpu, _kernel_call
 from cuflash.adapters.jax._call import Call, plan_of, signature
 from cuflash.arrays import Signature
@@ -147,7 +148,7 @@ def _arguments(
         else:
             zeroed = workspace[name] if name in ZEROED and name in entry.writes else 0
             arguments.append(_kernel_call.pointer(divisor=16 if name in TENSORS else 0, zeroed=zeroed))
-    values = step.values | {"seed": seed}
+    values = step.values | {f"keys.r{number}": key for number, key in enumerate(dropout.round_keys(seed))}
     return arguments + [_kernel_call.number(code, values[name]) for name, code in entry.numbers]
 
 

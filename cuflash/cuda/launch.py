@@ -49,7 +49,8 @@ COMMON_PARAMS = (
     ("dq_sum", "P"), ("dq_turns", "P"), ("tickets", "P"), ("tasks", "P"),
     ("alibi_slopes", "P"), ("alibi_batch_stride", "q"), ("alibi_head_stride", "q"),
     ("sinks", "P"), ("sinks_stride", "q"), ("dsinks", "P"),
-    ("cu_seqlens_q", "P"), ("cu_seqlens_k", "P"), ("seed", "Q"),
+    ("cu_seqlens_q", "P"), ("cu_seqlens_k", "P"),
+    *((f"keys.r{number}", "Q") for number in range(dropout.ROUNDS)),
     *((name, "i") for name in ("batch", "heads", "group", "q_len", "kv_len", "q_tiles", "kv_tiles", "section_heads",
                              "left", "right")),
     ("dropout_threshold", "I"), ("dropout_scale", "f"), ("scale", "f"), ("softcap", "f"),
@@ -73,11 +74,11 @@ _POINTER = struct.Struct("@P")
 OPERANDS = (*TENSORS, "lse", "dlse", "dsinks", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", *DENSE)
 WORKSPACE = ("delta", "tickets", "tasks", "dq_sum", "dq_turns", "dbias_sum")
 ZEROED = WORKSPACE[3:]  # those that must be zeros before the call
-_WORD = 8  # bytes of a pointer, and of the seed
+_WORD = 8  # bytes of a pointer, and of a key
 _WORDS = {  # of struct Params: where their pointers are
     name: PARAMS_OFFSETS.get(name, PARAMS_OFFSETS.get(f"{name}.data", -1)) // _WORD for name in (*OPERANDS, *WORKSPACE)
 }
-_SEED = PARAMS_OFFSETS["seed"] // _WORD
+_KEYS = PARAMS_OFFSETS["keys.r0"] // _WORD
 _ALIGNMENT = 256  # of the parts of the workspace
 _RECORD = 32  # bytes of a listed task
 
@@ -143,6 +144,7 @@ class _Launch:
         # Words of struct Params: operands by their place in OPERANDS, parts of the workspace by their offset in it.
         self.places = [(_WORDS[name], i) for i, name in enumerate(OPERANDS) if name in operands]
         self.parts = [(_WORDS[name], offset) for name, offset in parts.items()]
+        self.drops = step.spec.dropout
         self.mapped = [OPERANDS.index(name) for name, _ in step.maps]
         params = PARAMS_STRUCT.pack(*step.values.values())
         maps = [tensor_map.encode(operands[name], rows) for name, rows in step.maps]
@@ -161,7 +163,8 @@ class _Launch:
                 words[word] = pointers[operand]
             for word, offset in self.parts:
                 words[word] = workspace + offset
-            words[_SEED] = seed
+            if self.drops:
+                words[_KEYS : _KEYS + dropout.ROUNDS] = dropout.round_keys(seed)
             for i, operand in enumerate(self.mapped):
                 tensor_map.point(arguments.maps[i], pointers[operand])
             arguments.filled = wanted

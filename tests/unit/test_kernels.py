@@ -20,6 +20,7 @@ from cuflash.spec import Spec, Tile
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 HARMLESS = "(C7519)"  # a wgmma.fence that ptxas adds where there was one
 HEAD_DIMS = (64, 128, 192, 256)  # the upper ends of the tile table's ranges
+SPILLS = 128  # bytes stored and loaded, where the tile table says so
 PLAIN = Spec(dtype="bfloat16", head_dim=64, head_dim_v=64)
 EVERYTHING = {
     "bounded_left": True,
@@ -48,10 +49,11 @@ def _faults(job: tuple) -> list[str]:
     name, spec, tile, target = job
     ((entry, used),) = resources(jit.compile_variant(*job).log).items()
     assert entry == name
+    may_spill = name == "backward_hopper" and (spec.softcap or spec.dropout) and not spec.lean
+    spilled = max(used.spill_bytes, used.stack_bytes)
     shared = used.shared_bytes + tuning.shared_bytes(name, spec, tile)
     faults = {
-        f"{used.spill_bytes} bytes of spills": used.spill_bytes,
-        f"{used.stack_bytes} bytes of local memory": used.stack_bytes,
+        f"{used.spill_bytes} bytes of spills, {used.stack_bytes} of local memory": spilled > SPILLS * may_spill,
         f"{shared} bytes of shared memory": shared > tuning.SHARED_MEMORY[target.path],
         f"{used.registers * 32 * tile.warps} registers a block": used.registers * 32 * tile.warps > 65_536,
         f"advisories {used.advisories}": [line for line in used.advisories if HARMLESS not in line],
