@@ -332,7 +332,7 @@ struct Elementwise {
     // S becomes P.
     __device__ __forceinline__ void probabilities(float (&S)[N][4], const Scores& scores, const Stage& stage,
                                                   int q_first, bool cut) const {
-        if constexpr (SPEC.softcap) tanh_of_tile(S, scores.factor);
+        if constexpr (SPEC.softcap) tanh_of_tile(S, scores.factor, scores.cap);
         const float distance = first_distance(scores, q_first);
 #pragma unroll
         for (int n = 0; n < N; ++n) {

@@ -369,7 +369,7 @@ struct Softmax {
 // Softcap, as tanh alone, and, where it cuts the tile, the mask of a tile of scores of one warp.
 __device__ __forceinline__ void finish_scores(float (&S)[N][4], const Scores& scores, const Band& band, bool cut,
                                               int q_first, int kv_first) {
-    if constexpr (SPEC.softcap) tanh_of_tile(S, scores.factor);
+    if constexpr (SPEC.softcap) tanh_of_tile(S, scores.factor, scores.cap);
     if (!cut) return;
     const int lane = threadIdx.x % 32;
 #pragma unroll

@@ -42,31 +42,32 @@ __device__ __forceinline__ float tanh_of(float x) {
     return fabsf(x) <= 1.0f ? tanh_of_small(x) : tanh_of_any(x);
 }
 
-// X becomes tanh(factor X), for 16-bit types; all lanes of a warp together. Where some |factor x| > 1 the error of the
-// others is no smaller than that of the largest.
+// X becomes tanh(factor X), for 16-bit types, all lanes of a warp together: to an absolute error of 2e-7, which is nothing
+// in a score of up to `cap`. Where the cap is so large that it is something, to a relative one, unless some |factor x| > 1:
+// then the error of the others is no larger than that one's.
+constexpr float LARGE_CAP = 512.0f;
 template <int TILES>
-__device__ __forceinline__ void tanh_of_tile(float (&X)[TILES][4], float factor) {
-    float largest[4] = {};  // several, so that they need not wait for each other
+__device__ __forceinline__ void tanh_of_tile(float (&X)[TILES][4], float factor, float cap) {
+    if (cap > LARGE_CAP) {
+        float largest = 0.0f;
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) largest = fmaxf(largest, fabsf(factor * X[n][r]));
+        }
+        if (__all_sync(0xFFFFFFFF, largest <= 1.0f)) {
+#pragma unroll
+            for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+                for (int r = 0; r < 4; ++r) X[n][r] = tanh_of_small(factor * X[n][r]);
+            }
+            return;
+        }
+    }
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            X[n][r] *= factor;
-            largest[r] = fmaxf(largest[r], fabsf(X[n][r]));
-        }
-    }
-    if (__all_sync(0xFFFFFFFF, fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])) <= 1.0f)) {
-#pragma unroll
-        for (int n = 0; n < TILES; ++n) {
-#pragma unroll
-            for (int r = 0; r < 4; ++r) X[n][r] = tanh_of_small(X[n][r]);
-        }
-    } else {
-#pragma unroll
-        for (int n = 0; n < TILES; ++n) {
-#pragma unroll
-            for (int r = 0; r < 4; ++r) X[n][r] = tanh_of_any(X[n][r]);
-        }
+        for (int r = 0; r < 4; ++r) X[n][r] = tanh_of_any(factor * X[n][r]);
     }
 }
 
@@ -74,10 +75,13 @@ __device__ __forceinline__ void tanh_of_tile(float (&X)[TILES][4], float factor)
 // float32, whose roundings then are those of the plain formula.
 constexpr float UNIT = SPEC.dtype == Dtype::float32 ? 1.0f : LOG2_E;
 
-// e^(x / UNIT): to the last bits for float32.
+// e^(x / UNIT); for float32 what rounds off x log2(e) is made up for.
 __device__ __forceinline__ float exponential(float x) {
-    if constexpr (SPEC.dtype == Dtype::float32) return expf(x);
-    return exp2_approximate(x);
+    if constexpr (SPEC.dtype != Dtype::float32) return exp2_approximate(x);
+    // e^-104 is 0, and -inf - -inf would be NaN; NaN stays.
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-104.0f));
+    const float exponent = x * LOG2_E, y = exp2_approximate(exponent);
+    return fmaf(y * LN_2, fmaf(x, LOG2_E, -exponent), y);
 }
 
 struct Scores {
@@ -132,7 +136,7 @@ struct Scores {
     __device__ __forceinline__ float derivative_of(float probability, float lse, float distance) const {
         float s = log2_approximate(fmaxf(probability, 0x1p-126f)) + lse;
         if constexpr (SPEC.alibi) s += slope * fabsf(distance);
-        const float t = s * inverse_cap;
+        const float t = fminf(s * inverse_cap, 1.0f);  // the LSE of rows outside the sequence is huge
         return 1.0f - t * t;
     }
 };
