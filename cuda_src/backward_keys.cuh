@@ -207,31 +207,25 @@ __device__ __forceinline__ void load_statistics(const Params& p, const Layout& s
             const int q_first = steps.tile * R, rows = sequence.q_len - q_first;
             const float* lse_gmem = statistic_rows(p.lse, sequence.batch, sequence.q_start + q_first, steps.head);
             const float* delta_gmem = statistic_rows(p.delta, sequence.batch, sequence.q_start + q_first, steps.head);
-            // Several rows of a lane at a time where there are registers for them.
-            constexpr int ROWS = FOLD ? R / 32 : 1;
-#pragma unroll 1
-            for (int first = 0; first < R; first += 32 * ROWS) {
-                float lse[ROWS], delta[ROWS];
+            float lse[R / 32], delta[R / 32];
 #pragma unroll
-                for (int i = 0; i < ROWS; ++i) {
-                    const int row = first + lane + 32 * i;
-                    lse[i] = row < rows ? lse_gmem[row] : MINUS_INFINITY;
-                    delta[i] = row < rows ? delta_gmem[row] : 0.0f;
-                }
-                if (first == 0) barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
+            for (int i = 0; i < R / 32; ++i) {
+                const int row = lane + 32 * i;
+                lse[i] = row < rows ? lse_gmem[row] : MINUS_INFINITY;
+                delta[i] = row < rows ? delta_gmem[row] : 0.0f;
+            }
+            barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
 #pragma unroll
-                for (int i = 0; i < ROWS; ++i) {
-                    const int row = first + lane + 32 * i;
-                    const unsigned int row_smem = smem.statistics + ring.stage * STATISTIC_BYTES + row * 16;
-                    const float reference = lse[i] == MINUS_INFINITY ? NEVER : lse[i];  // it attends to nothing
-                    if constexpr (FOLD) {
-                        float s[3], d[3];
-                        split(-reference / p.scale, s);
-                        split(-delta[i], d);
-                        store_shared(row_smem, pack(s[0], s[1]), pack(s[2], d[0]), pack(d[1], d[2]), 0u);
-                    } else {
-                        store_shared(row_smem, __float_as_uint(reference * UNIT), __float_as_uint(delta[i]), 0u, 0u);
-                    }
+            for (int i = 0; i < R / 32; ++i) {
+                const unsigned int row_smem = smem.statistics + ring.stage * STATISTIC_BYTES + (lane + 32 * i) * 16;
+                const float reference = lse[i] == MINUS_INFINITY ? NEVER : lse[i];  // a row that attends to nothing
+                if constexpr (FOLD) {
+                    float s[3], d[3];
+                    split(-reference / p.scale, s);
+                    split(-delta[i], d);
+                    store_shared(row_smem, pack(s[0], s[1]), pack(s[2], d[0]), pack(d[1], d[2]), 0u);
+                } else {
+                    store_shared(row_smem, __float_as_uint(reference * UNIT), __float_as_uint(delta[i]), 0u, 0u);
                 }
             }
             fence_async_proxy();
@@ -360,8 +354,9 @@ struct Elementwise {
         }
     }
 
-    // dP becomes dS = P (dP - D), with P as it was rounded for dV. Elements that are dropped have no dP. With softcap dS is multiplied by the derivative 1 - tanh^2, whose tanh is found from P again: to keep either
-    // would take registers, and its error is that of P's rounding.
+    // dP becomes dS = P (dP - D), with P as it was rounded for dV. Elements that are dropped have no dP. With softcap
+    // dS is multiplied by the derivative 1 - tanh^2, whose tanh is found from P again: to keep either would take
+    // registers, and its error is that of P's rounding.
     __device__ __forceinline__ void score_gradients(float (&dP)[N][4], const unsigned int (&P)[N / 2][4],
                                                     const Scores& scores, const Dropout& dropout,
                                                     const Kept<N / 2>& kept, const Stage& stage, int q_first) const {

@@ -80,11 +80,10 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Wor
                 for (int r = 0; r < 4; ++r) {
                     const int q_index = q_first + warp_row + 16 * i + lane / 4 + r / 2 * 8;
                     const int kv_index = kv_first + 8 * n + lane % 4 * 2 + r % 2;
-                    const float ds =
-                        differentiate(S[i][n][r], dP[i][n][r], scores, band, cut, q_index, kv_index,
-                                      distance + (16 * i + r / 2 * 8 - 8 * n - r % 2), reference[i][r / 2],
-                                      delta[i][r / 2], dropout.factor(kept, n, r),
-                                      dense.addend(q_index - q_first, kv_index - kv_first));
+                    const float ds = differentiate(S[i][n][r], dP[i][n][r], scores, band, cut, q_index, kv_index,
+                                                   distance + (16 * i + r / 2 * 8 - 8 * n - r % 2), reference[i][r / 2],
+                                                   delta[i][r / 2], dropout.factor(kept, n, r),
+                                                   dense.addend(q_index - q_first, kv_index - kv_first));
                     if constexpr (SPEC.bias) {
                         if (first_col == 0) dense.gradient(q_index - q_first, kv_index - kv_first) = ds;
                     }

@@ -76,8 +76,8 @@ struct Dropout {
         collect(kept, [&](int block) { return signs(q_first / 2 + lane / 4, kv_first / 4 + 4 * block + lane % 4); });
     }
 
-    // Rows keys, columns queries from q_first on. Two lanes, of an even key and the odd one behind it, need the same two
-    // counters, of an even query and the odd one: each takes one.
+    // Rows keys, columns queries from q_first on. Two lanes, of an even key and the odd one behind it, need the same
+    // two counters, of an even query and the odd one: each takes one.
     template <int BLOCKS>
     __device__ __forceinline__ void draw_transposed(Kept<BLOCKS>& kept, int q_first, int kv_first) const {
         const int lane = threadIdx.x % 32, odd = lane / 4 % 2;
@@ -109,9 +109,9 @@ struct Dropout {
             if (block % 4 == 0) bits = 0;
 #pragma unroll
             for (int i = 0; i < 4; ++i) bits |= (word[i] & SIGNS) >> (15 - (block % 4 * 4 + i));
+            // One block after the other, which saves registers, and here instead of where the bits are used: Hopper
+            // kernels draw while their tensor cores work.
+            asm volatile("" : "+r"(bits));
         }
-        // Here and not where they are used: Hopper kernels draw while their tensor cores work.
-#pragma unroll
-        for (unsigned int& word : kept.words) asm volatile("" : "+r"(word));
     }
 };

@@ -75,8 +75,8 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                     const int q_index = q_first + warp_row + 16 * i + lane / 4 + r / 2 * 8;
                     const int kv_index = kv_first + 8 * n + lane % 4 * 2 + r % 2;
                     float derivative;
-                    S[i][n][r] = scores.exponent(S[i][n][r], distance + (16 * i + r / 2 * 8 - 8 * n - r % 2), derivative,
-                                                 dense.addend(q_index - q_first, kv_index - kv_first));
+                    S[i][n][r] = scores.exponent(S[i][n][r], distance + (16 * i + r / 2 * 8 - 8 * n - r % 2),
+                                                 derivative, dense.addend(q_index - q_first, kv_index - kv_first));
                     if (cut && !band.allows(q_index, kv_index)) S[i][n][r] = MINUS_INFINITY;
                 }
             }

@@ -14,6 +14,13 @@ __device__ __forceinline__ float exp2_approximate(float x) {
     return y;
 }
 
+// 1 / x to a relative error of 2^-23.
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // log2 x to an absolute error of 2^-22.
 __device__ __forceinline__ float log2_approximate(float x) {
     float y;
@@ -21,53 +28,34 @@ __device__ __forceinline__ float log2_approximate(float x) {
     return y;
 }
 
-// tanh of |x| <= 1 to a relative error of 6e-7: x times the polynomial in x^2 whose largest relative error is least.
-__device__ __forceinline__ float tanh_of_small(float x) {
-    const float u = x * x;
-    float y = fmaf(-3.0670604e-3f, u, 1.67431162e-2f);
-    y = fmaf(y, u, -5.16056762e-2f);
-    y = fmaf(y, u, 0.13281434f);
-    y = fmaf(y, u, -0.333290424f);
-    return fmaf(y, u, 0.999999414f) * x;
+// tanh of x / (2 log2(e)) to an absolute error of 2e-7.
+__device__ __forceinline__ float tanh_by_exponential(float x) {
+    return fmaf(-2.0f, reciprocal_approximate(1.0f + exp2_approximate(x)), 1.0f);
 }
 
-// tanh to an absolute error of 2e-7.
-__device__ __forceinline__ float tanh_of_any(float x) {
-    return 1.0f - __fdividef(2.0f, 1.0f + exp2_approximate(x * (2.0f * LOG2_E)));
-}
-
-// tanh: to the last bits for float32, to a relative error of 6e-7 for 16-bit types.
+// tanh: to the last bits for float32, to a relative error of 1e-6 for 16-bit types (near 0 by its series, where the
+// difference cancels).
 __device__ __forceinline__ float tanh_of(float x) {
-    if constexpr (SPEC.dtype == Dtype::float32) return tanhf(x);
-    return fabsf(x) <= 1.0f ? tanh_of_small(x) : tanh_of_any(x);
+    if constexpr (SPEC.dtype == Dtype::float32) {
+        return tanhf(x);
+    } else {
+        const float square = x * x;
+        const float series = x * (1.0f - square * (0.33333333f - square * (0.13333333f - square * 0.053968254f)));
+        return fabsf(x) < 0.15f ? series : tanh_by_exponential(2.0f * LOG2_E * x);
+    }
 }
 
-// X becomes tanh(factor X), for 16-bit types, all lanes of a warp together: to an absolute error of 2e-7, which is nothing
-// in a score of up to `cap`. Where the cap is so large that it is something, to a relative one, unless some |factor x| > 1:
-// then the error of the others is no larger than that one's.
+// X becomes tanh(factor X), for 16-bit types. An absolute error of 2e-7 is nothing in a score of up to `cap`, unless
+// the cap is large.
 constexpr float LARGE_CAP = 512.0f;
 template <int TILES>
 __device__ __forceinline__ void tanh_of_tile(float (&X)[TILES][4], float factor, float cap) {
-    if (cap > LARGE_CAP) {
-        float largest = 0.0f;
-#pragma unroll
-        for (int n = 0; n < TILES; ++n) {
-#pragma unroll
-            for (int r = 0; r < 4; ++r) largest = fmaxf(largest, fabsf(factor * X[n][r]));
-        }
-        if (__all_sync(0xFFFFFFFF, largest <= 1.0f)) {
-#pragma unroll
-            for (int n = 0; n < TILES; ++n) {
-#pragma unroll
-                for (int r = 0; r < 4; ++r) X[n][r] = tanh_of_small(factor * X[n][r]);
-            }
-            return;
-        }
-    }
+    const bool large = cap > LARGE_CAP;
+    if (!large) factor *= 2.0f * LOG2_E;
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) X[n][r] = tanh_of_any(factor * X[n][r]);
+        for (int r = 0; r < 4; ++r) X[n][r] = large ? tanh_of(factor * X[n][r]) : tanh_by_exponential(factor * X[n][r]);
     }
 }
 
@@ -88,9 +76,9 @@ struct Scores {
     float factor;  // UNIT scale, or with softcap: scale / softcap
     float cap;     // UNIT softcap
     float inverse_cap;
-    float slope;   // UNIT ALiBi slope of the head
-    float sink;    // of the head, if it has one
-    int offset;    // q_pos - q_index
+    float slope;  // UNIT ALiBi slope of the head
+    float sink;   // of the head, if it has one
+    int offset;   // q_pos - q_index
 
     __device__ __forceinline__ Scores(const Params& p, int sequence, int head, int position_offset)
         : factor(SPEC.softcap ? p.scale / p.softcap : p.scale * UNIT),

@@ -17,9 +17,7 @@ __device__ __forceinline__ float reciprocal(float x) {
     if constexpr (SPEC.dtype == Dtype::float32) {
         return 1.0f / x;
     } else {
-        float y;
-        asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-        return y;
+        return reciprocal_approximate(x);
     }
 }
 

@@ -8,8 +8,8 @@ one 16-bit number each, chosen so that a lane of a tensor-core accumulator finds
     kv_index = 16 b + 8 t + 2 c + u (t in 0..1, c in 0..3, u in 0..1)
     counter  = (8 a + g, 4 b + c, head, batch);  word 2 s + t;  its low half for u = 0, the high half for u = 1
 
-An element is dropped when the low 15 bits of its number are below round(32768 dropout_p). Indices are local to the sequence, and batch is
-the index of the sequence when sequences are packed.
+An element is dropped when the low 15 bits of its number are below round(32768 dropout_p). Indices are local to the
+sequence, and batch is the index of the sequence when sequences are packed.
 """
 
 from __future__ import annotations

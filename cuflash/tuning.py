@@ -72,7 +72,8 @@ _PORTABLE = {
 }
 # 32 rows a warp instead of 16 halve the reads of K and V; the registers suffice where the score stage is short.
 _PLAIN = {("forward_portable", 2, 64): (128, 64, 2, 4, 1, 1)}
-# With a bias or a mask a tile of it takes shared memory, and the score stage registers: in place of those above.
+# With a bias or a mask a tile of it takes shared memory, and the score stage registers, as dropout and several options
+# do: in place of those above.
 _WITH_DENSE = {
     ("forward_portable", 2, 128): ((64, 64, 2, 4, 1, 1), (64, 32, 2, 4, 1, 1), (64, 32, 1, 4, 1, 1)),
     ("forward_portable", 2, 192): ((128, 32, 1, 8, 1, 1), (64, 32, 1, 4, 1, 1)),
@@ -291,9 +292,10 @@ def _portable_tile(kernel: str, spec: Spec, path: int, vector: int, shared_limit
     table = _PORTABLE[kernel, element_bytes]
     reach = next(dim for dim in table if max(spec.head_dim, spec.head_dim_v) <= dim)
     candidates = table[reach]
-    if spec.bias or spec.mask:
+    dense = spec.bias or spec.mask
+    if dense or spec.dropout or _score_options(spec) > 1:
         candidates = _WITH_DENSE.get((kernel, element_bytes, reach), candidates)
-        if spec.deterministic:  # the loop over all that is summed in order takes registers too
+        if dense and spec.deterministic:  # the loop over all that is summed in order takes registers too
             candidates = candidates[-1:]
     limit = SHARED_MEMORY.get(path, min(SHARED_MEMORY.values()))
     if shared_limit is not None:

@@ -49,7 +49,12 @@ EDGES: dict[str, dict[str, Any]] = {
     "one query": {"q_len": 1, "kv_len": 300, "bias": "full", "mask": "keys"},
     "one key": {"q_len": 300, "kv_len": 1, "bias": "full", "dlse": True},
     "one query, one key": {
-        **{"q_len": 1, "kv_len": 1, "batch": 1, "heads": 1, "kv_heads": 1, "bias": "number"},
+        "q_len": 1,
+        "kv_len": 1,
+        "batch": 1,
+        "heads": 1,
+        "kv_heads": 1,
+        "bias": "number",
         "dlse": True,  # else dS is 0, and the naive computation may be exact by luck: no yardstick
     },
     "empty batch": {"batch": 0, "bias": "keys", "mask": "heads"},

@@ -49,7 +49,7 @@ def _faults(job: tuple) -> list[str]:
     name, spec, tile, target = job
     ((entry, used),) = resources(jit.compile_variant(*job).log).items()
     assert entry == name
-    may_spill = name == "backward_hopper" and (spec.softcap or spec.dropout) and not spec.lean
+    may_spill = name.startswith("backward_hopper") and (spec.softcap or spec.dropout)
     spilled = max(used.spill_bytes, used.stack_bytes)
     shared = used.shared_bytes + tuning.shared_bytes(name, spec, tile)
     faults = {
@@ -211,7 +211,7 @@ def test_every_aligned_head_dim_has_a_hopper_backward_that_fits(how: dict[str, b
     for head_dim in range(8, 257, 8):
         spec = _spec("bfloat16", head_dim, **how)
         if not tuning.has_hopper(spec, backward=True):
-            assert head_dim > 128
+            assert head_dim > 192
             assert spec.softcap
             continue
         names = tuning.kernels_of(spec, backward=True, hopper=True)
