@@ -163,18 +163,18 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
             issue_dp(dP, V_smem, stage, delta_ones);
 
             // P^T and dS^T  [64, rows]
-            unsigned int P[N / 2][4], dS[N / 2][4];
+            unsigned int P[N / 2][4], dS[N / 2][4], derivatives[N][2];
             const Dropout dropout(p, sequence.index, steps.head);
             Kept<N / 2> kept;  // random numbers, drawn while S is computed
             if constexpr (SPEC.dropout) dropout.draw_transposed(kept, q_first, kv_first + warp * 16);
             wgmma_wait<1>();
             pin(S);
-            elementwise.probabilities(S, scores, stage, q_first, cut);
+            elementwise.probabilities(S, derivatives, scores, stage, q_first, cut);
             pack_all(P, S);
             pin(P);
             wgmma_wait<0>();
             pin(dP);
-            elementwise.score_gradients(dP, P, scores, dropout, kept, stage, q_first);
+            elementwise.score_gradients(dP, P, derivatives, dropout, kept, stage);
             if constexpr (SPEC.dropout) drop(P, kept);
             if (first && warpgroup == 0) named_barrier_arrive(FIRST_DONE, 256);
             pack_all(dS, dP);

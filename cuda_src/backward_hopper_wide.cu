@@ -11,7 +11,7 @@
 
 constexpr int P_SLOTS = 2;
 constexpr int P_BYTES = R * TILE.cols * 2;
-static_assert(TILE.cols == 64 && TILE.warps == 12);
+static_assert(TILE.cols == 64 && TILE.warps == 12 && !SPEC.softcap);
 
 // Where everything lies in shared memory.
 struct Layout : Barriers {
@@ -80,7 +80,8 @@ __device__ __forceinline__ void differentiate_values(const Params& p, const Layo
             }
             wgmma_wait<0>();
             pin(S);
-            elementwise.probabilities(S, scores, stage, q_first, band.cuts(q_first, R, kv_first, TILE.cols));
+            unsigned int none[N][2];  // of softcap
+            elementwise.probabilities(S, none, scores, stage, q_first, band.cuts(q_first, R, kv_first, TILE.cols));
             unsigned int P[N / 2][4];
             pack_all(P, S);
 
@@ -133,7 +134,6 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
         auto step = [&](const bool first) {  // a constant where it is inlined
             const Stage stage = walk.stage(smem);
             const int q_first = steps.tile * R;
-            const Scores scores(p, work.sequence.index, steps.head, band.offset);
             const Dropout dropout(p, work.sequence.index, steps.head);
 
             // dP^T  [64, rows]
@@ -153,7 +153,8 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
 #pragma unroll
             for (int i = 0; i < R / 16; ++i) load_shared(P[i], P_address(smem, walk.slot.stage, i));
             barrier_arrive(smem.slot_empty(walk.slot.stage));
-            elementwise.score_gradients(dP, P, scores, dropout, kept, stage, q_first);
+            const unsigned int none[N][2] = {};  // of softcap
+            elementwise.score_gradients(dP, P, none, dropout, kept, stage);
             pack_all(dS, dP);
 
             // dK += dS^T Q  [64, head_dim]

@@ -316,31 +316,30 @@ struct Elementwise {
         return scores.distance(q_index(q_first, 0, 0), kv_index(0));
     }
 
-    // How far this lane's first query is behind its first key, and the others.
-    __device__ __forceinline__ float first_distance(const Scores& scores, int q_first) const {
-        return scores.distance(q_index(q_first, 0, 0), kv_index(0));
-    }
-
-    __device__ __forceinline__ static float further(int n, int r) { return 8 * n + r % 2 - r / 2 * 8; }
-
-    // S becomes P.
-    __device__ __forceinline__ void probabilities(float (&S)[N][4], const Scores& scores, const Stage& stage,
-                                                  int q_first, bool cut) const {
+    // S becomes P. With softcap its derivatives, 1 - tanh^2, are packed too.
+    __device__ __forceinline__ void probabilities(float (&S)[N][4], unsigned int (&derivatives)[N][2],
+                                                  const Scores& scores, const Stage& stage, int q_first,
+                                                  bool cut) const {
         if constexpr (SPEC.softcap) tanh_of_tile(S, scores.factor, scores.cap);
-        const float distance = first_distance(scores, q_first);
+        const float distance = scores.distance(q_index(q_first, 0, 0), kv_index(0));
 #pragma unroll
         for (int n = 0; n < N; ++n) {
             float4 reference;
             if constexpr (!FOLD) reference = statistics(stage, n);
+            float derivative[4];
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
                 if constexpr (FOLD) {
                     S[n][r] = exp2_approximate(S[n][r] * scores.factor);
                 } else {
-                    float derivative;
-                    const float exponent = scores.exponent<true>(S[n][r], distance + further(n, r), derivative);
+                    const float further = 8 * n + r % 2 - r / 2 * 8;
+                    const float exponent = scores.exponent<true>(S[n][r], distance + further, derivative[r]);
                     S[n][r] = exponential(exponent - (r % 2 ? reference.z : reference.x));
                 }
+            }
+            if constexpr (SPEC.softcap) {
+                derivatives[n][0] = pack_half(derivative[0], derivative[1]);
+                derivatives[n][1] = pack_half(derivative[2], derivative[3]);
             }
         }
         if (cut) {
@@ -354,13 +353,11 @@ struct Elementwise {
         }
     }
 
-    // dP becomes dS = P (dP - D), with P as it was rounded for dV. Elements that are dropped have no dP. With softcap
-    // dS is multiplied by the derivative 1 - tanh^2, whose tanh is found from P again: to keep either would take
-    // registers, and its error is that of P's rounding.
+    // dP becomes dS = P (dP - D), with P as it was rounded for dV, times the derivative of softcap. Elements that are
+    // dropped have no dP.
     __device__ __forceinline__ void score_gradients(float (&dP)[N][4], const unsigned int (&P)[N / 2][4],
-                                                    const Scores& scores, const Dropout& dropout,
-                                                    const Kept<N / 2>& kept, const Stage& stage, int q_first) const {
-        const float distance = first_distance(scores, q_first);
+                                                    const unsigned int (&derivatives)[N][2], const Dropout& dropout,
+                                                    const Kept<N / 2>& kept, const Stage& stage) const {
 #pragma unroll
         for (int n = 0; n < N; ++n) {
             float4 reference;
@@ -368,18 +365,15 @@ struct Elementwise {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const float2 pair = unpack(P[n / 2][n % 2 * 2 + half]);
+                float2 derivative;
+                if constexpr (SPEC.softcap) derivative = unpack_half(derivatives[n][half]);
 #pragma unroll
                 for (int u = 0; u < 2; ++u) {
-                    const int r = 2 * half + u;
-                    const float probability = u ? pair.y : pair.x;
-                    float x = dP[n][r];
-                    if constexpr (SPEC.dropout) x *= dropout.factor(kept, n, r);
+                    float& x = dP[n][2 * half + u];
+                    if constexpr (SPEC.dropout) x *= dropout.factor(kept, n, 2 * half + u);
                     if constexpr (!FOLD) x -= u ? reference.w : reference.y;
-                    dP[n][r] = probability * x;
-                    if constexpr (SPEC.softcap) {
-                        const float lse = u ? reference.z : reference.x;
-                        dP[n][r] *= scores.derivative_of(probability, lse, distance + further(n, r));
-                    }
+                    x *= u ? pair.y : pair.x;
+                    if constexpr (SPEC.softcap) x *= u ? derivative.y : derivative.x;
                 }
             }
         }

@@ -49,6 +49,20 @@ __device__ __forceinline__ float2 unpack(unsigned int packed) {
     return make_float2(to_float(pair[0]), to_float(pair[1]));
 }
 
+// The same as float16 whatever the dtype: of numbers up to 1, to 11 bits.
+__device__ __forceinline__ unsigned int pack_half(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    unsigned int packed;
+    memcpy(&packed, &pair, 4);
+    return packed;
+}
+
+__device__ __forceinline__ float2 unpack_half(unsigned int packed) {
+    __half2 pair;
+    memcpy(&pair, &packed, 4);
+    return __half22float2(pair);
+}
+
 // A scalar option array that is float32 or has the dtype of q.
 __device__ __forceinline__ float load_scalar(const void* data, long long index, bool is_float32) {
     return is_float32 ? static_cast<const float*>(data)[index] : to_float(static_cast<const Element*>(data)[index]);

@@ -75,15 +75,13 @@ __device__ __forceinline__ float exponential(float x) {
 struct Scores {
     float factor;  // UNIT scale, or with softcap: scale / softcap
     float cap;     // UNIT softcap
-    float inverse_cap;
-    float slope;  // UNIT ALiBi slope of the head
-    float sink;   // of the head, if it has one
-    int offset;   // q_pos - q_index
+    float slope;   // UNIT ALiBi slope of the head
+    float sink;    // of the head, if it has one
+    int offset;    // q_pos - q_index
 
     __device__ __forceinline__ Scores(const Params& p, int sequence, int head, int position_offset)
         : factor(SPEC.softcap ? p.scale / p.softcap : p.scale * UNIT),
           cap(p.softcap * UNIT),
-          inverse_cap(SPEC.softcap ? 1.0f / (p.softcap * UNIT) : 0.0f),
           slope(0.0f),
           sink(MINUS_INFINITY),
           offset(position_offset) {
@@ -117,14 +115,5 @@ struct Scores {
         if constexpr (SPEC.alibi) s -= slope * fabsf(distance);
         if constexpr (DENSE) s = addend == MINUS_INFINITY ? addend : s + addend;  // -inf masks, whatever the score
         return s;
-    }
-
-    // With softcap, 16-bit types and no dense terms: d S / d (scale q.k) from P = 2^(UNIT S - lse); anything where P is
-    // 0.
-    __device__ __forceinline__ float derivative_of(float probability, float lse, float distance) const {
-        float s = log2_approximate(fmaxf(probability, 0x1p-126f)) + lse;
-        if constexpr (SPEC.alibi) s += slope * fabsf(distance);
-        const float t = fminf(s * inverse_cap, 1.0f);  // the LSE of rows outside the sequence is huge
-        return 1.0f - t * t;
     }
 };

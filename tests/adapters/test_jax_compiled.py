@@ -26,6 +26,7 @@ jax = jax_backend.jax
 
 import jax.numpy as jnp  # noqa: E402
 
+from cuflash import dropout
 from cuflash.adapters.jax import _compiled, _gpu, _kernel_call, _route, flash_attention  # noqa: E402
 from cuflash.cuda import flat, jit, launch  # noqa: E402
 from cuflash.cuda.toolchain import Target, resources  # noqa: E402
@@ -242,8 +243,9 @@ def test_the_seed_is_a_number_of_the_call(compiled_for: Any):
     compiled_for(HOPPER)
     options = {"dropout_p": 0.5, "seed": 2**64 - 1}
     (call,) = lowered(partial(flash_attention, **options), *dense(jnp.bfloat16, 128))
-    place = [name for name, _ in flat.NUMBERS].index("seed") - len(flat.NUMBERS)
-    assert call.arguments[place] == {6: [2**64 - 1]}
+    place = [name for name, _ in flat.NUMBERS].index("keys.r0") - len(flat.NUMBERS)
+    keys = dropout.round_keys(2**64 - 1)
+    assert call.arguments[place : place + len(keys)] == [{6: [key]} for key in keys]
 
 
 @pytest.mark.parametrize("check_vma", [True, False, None], ids=["shard_map", "shard_map, unchecked", "jit"])

@@ -51,9 +51,6 @@ EDGES: dict[str, dict[str, Any]] = {
     "one query, one key": {
         "q_len": 1,
         "kv_len": 1,
-        "batch": 1,
-        "heads": 1,
-        "kv_heads": 1,
         "bias": "number",
         "dlse": True,  # else dS is 0, and the naive computation may be exact by luck: no yardstick
     },

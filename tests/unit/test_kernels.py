@@ -20,7 +20,7 @@ from cuflash.spec import Spec, Tile
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 HARMLESS = "(C7519)"  # a wgmma.fence that ptxas adds where there was one
 HEAD_DIMS = (64, 128, 192, 256)  # the upper ends of the tile table's ranges
-SPILLS = 128  # bytes stored and loaded, where the tile table says so
+SPILLS = 224  # bytes stored and loaded, where the tile table says so
 PLAIN = Spec(dtype="bfloat16", head_dim=64, head_dim_v=64)
 EVERYTHING = {
     "bounded_left": True,
@@ -211,7 +211,7 @@ def test_every_aligned_head_dim_has_a_hopper_backward_that_fits(how: dict[str, b
     for head_dim in range(8, 257, 8):
         spec = _spec("bfloat16", head_dim, **how)
         if not tuning.has_hopper(spec, backward=True):
-            assert head_dim > 192
+            assert head_dim > 128
             assert spec.softcap
             continue
         names = tuning.kernels_of(spec, backward=True, hopper=True)
