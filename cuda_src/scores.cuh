@@ -50,12 +50,19 @@ __device__ __forceinline__ float tanh_of(float x) {
 constexpr float LARGE_CAP = 512.0f;
 template <int TILES>
 __device__ __forceinline__ void tanh_of_tile(float (&X)[TILES][4], float factor, float cap) {
-    const bool large = cap > LARGE_CAP;
-    if (!large) factor *= 2.0f * LOG2_E;
+    if (cap > LARGE_CAP) {  // around the loops: in them both would be computed
 #pragma unroll
-    for (int n = 0; n < TILES; ++n) {
+        for (int n = 0; n < TILES; ++n) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) X[n][r] = large ? tanh_of(factor * X[n][r]) : tanh_by_exponential(factor * X[n][r]);
+            for (int r = 0; r < 4; ++r) X[n][r] = tanh_of(factor * X[n][r]);
+        }
+    } else {
+        factor *= 2.0f * LOG2_E;
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) X[n][r] = tanh_by_exponential(factor * X[n][r]);
+        }
     }
 }
 

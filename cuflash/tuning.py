@@ -109,9 +109,9 @@ _HOPPER_FORWARD_COLS = {
 # two that compute. Registers of a lane: in dK and dV together head_dim (wide: head_dim / 2, one of the two a
 # warpgroup), rows / 2 each for S and dP, rows / 4 each for P and dS; in dQ head_dim / 2, cols / 2 each for S and dP,
 # cols / 4 for dS, and head_dim / 2 for Q and dO where they stay in registers. Several of softcap, ALiBi and dropout
-# together leave registers for half the rows of dK and dV, and for no dQ beside them. With one of softcap and dropout up
-# to 100 bytes are spilled, mostly of what a tile needs before and after its steps: that costs less than dQ by a kernel of
-# its own.
+# together, and softcap where a step has 128 rows, leave registers for half the rows of dK and dV, and for no dQ beside
+# them. With one of softcap and dropout up to 100 bytes are spilled, mostly of what a tile needs before and after its
+# steps: that costs less than dQ by a kernel of its own.
 _HOPPER_BACKWARD = {
     "backward_hopper": {64: (128, 128, 2, 12), 128: (64, 128, 2, 12)},
     "backward_hopper_wide": {192: (64, 64, 2, 12), 256: (64, 64, 2, 12)},
@@ -225,7 +225,7 @@ def _dq_alone(spec: Spec) -> bool:
     """Whether dQ is left to a kernel of its own, which needs no workspace: lean, or where registers do not suffice."""
     ordered_and_long = spec.deterministic and (spec.bounded_left or _score_options(spec) > 0)
     wide = _of_keys(spec) == "backward_hopper_wide"
-    return spec.lean or ordered_and_long or wide or _score_options(spec) > 1
+    return spec.lean or ordered_and_long or wide or _crowded(spec)
 
 
 def _whole_panels(dim: int) -> int:
@@ -235,6 +235,11 @@ def _whole_panels(dim: int) -> int:
 def _score_options(spec: Spec) -> int:
     """How many options take registers of the Hopper kernels' score stage."""
     return spec.softcap + spec.alibi + spec.dropout
+
+
+def _crowded(spec: Spec) -> bool:
+    """Whether they leave registers of the Hopper backward for half the rows, and for no dQ."""
+    return _score_options(spec) > 1 or (spec.softcap and _whole_panels(spec.head_dim) == 64)
 
 
 def _long_score_stage(spec: Spec) -> bool:
@@ -278,7 +283,7 @@ def tile_of(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int |
         return _hopper_forward_tile(spec, vector)
     if kernel in _HOPPER_BACKWARD:
         rows, cols, stages, warps = _HOPPER_BACKWARD[kernel][_whole_panels(spec.head_dim)]
-        if kernel == "backward_hopper" and _score_options(spec) > 1:
+        if kernel == "backward_hopper" and _crowded(spec):
             rows //= 2
         return Tile(rows=rows, cols=cols, stages=stages, warps=warps, blocks=1, vector=vector)
     if kernel in _FIXED:

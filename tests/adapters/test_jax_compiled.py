@@ -26,7 +26,7 @@ jax = jax_backend.jax
 
 import jax.numpy as jnp  # noqa: E402
 
-from cuflash import dropout
+from cuflash import dropout  # noqa: E402
 from cuflash.adapters.jax import _compiled, _gpu, _kernel_call, _route, flash_attention  # noqa: E402
 from cuflash.cuda import flat, jit, launch  # noqa: E402
 from cuflash.cuda.toolchain import Target, resources  # noqa: E402
