@@ -311,11 +311,6 @@ struct Elementwise {
 
     __device__ __forceinline__ int kv_index(int r) const { return warp_kv + threadIdx.x % 32 / 4 + r / 2 * 8; }
 
-    // How far this lane's first query is behind its first key.
-    __device__ __forceinline__ float distance(const Scores& scores, int q_first) const {
-        return scores.distance(q_index(q_first, 0, 0), kv_index(0));
-    }
-
     // S becomes P. With softcap its derivatives, 1 - tanh^2, are packed too.
     __device__ __forceinline__ void probabilities(float (&S)[N][4], unsigned int (&derivatives)[N][2],
                                                   const Scores& scores, const Stage& stage, int q_first,

@@ -48,12 +48,8 @@ EDGES: dict[str, dict[str, Any]] = {
     "fully masked rows": {"q_len": 150, "kv_len": 70, "causal": True, "bias": "batch", "mask": "full", "dlse": True},
     "one query": {"q_len": 1, "kv_len": 300, "bias": "full", "mask": "keys"},
     "one key": {"q_len": 300, "kv_len": 1, "bias": "full", "dlse": True},
-    "one query, one key": {
-        "q_len": 1,
-        "kv_len": 1,
-        "bias": "number",
-        "dlse": True,  # else dS is 0, and the naive computation may be exact by luck: no yardstick
-    },
+    "one query, one key": {"q_len": 1, "kv_len": 1, "batch": 1, "heads": 1, "kv_heads": 1, "bias": "number"},
+    "one query, one key, gradient of LSE": {"q_len": 1, "kv_len": 1, "bias": "number", "dlse": True},
     "empty batch": {"batch": 0, "bias": "keys", "mask": "heads"},
     "empty batch, summed": {"batch": 0, "bias": "heads"},
     "no queries": {"q_len": 0, "bias": "keys"},
