@@ -49,7 +49,7 @@ def _faults(job: tuple) -> list[str]:
     name, spec, tile, target = job
     ((entry, used),) = resources(jit.compile_variant(*job).log).items()
     assert entry == name
-    may_spill = name.startswith("backward_hopper") and (spec.softcap or spec.dropout)
+    may_spill = name in ("backward_hopper", "backward_hopper_dq") and (spec.softcap or spec.dropout)
     spilled = max(used.spill_bytes, used.stack_bytes)
     shared = used.shared_bytes + tuning.shared_bytes(name, spec, tile)
     faults = {
