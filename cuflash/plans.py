@@ -38,10 +38,11 @@ class _Launched:
     head_major: bool
     _launches: dict[bool, launch.Plan]
 
-    def launches(self, aligned: bool) -> launch.Plan:
-        """The launches for pointers that are all multiples of 16, or for any; compiled and loaded if new."""
+    def launches(self, aligned: bool, backward_too: bool = False) -> launch.Plan:
+        """The launches for pointers that are all multiples of 16, or for any; compiled and loaded if new, and beside
+        them, with `backward_too`, those of the backward of this forward."""
         found = self._launches.get(aligned)
-        return self._launch(aligned) if found is None else found
+        return self._launch(aligned, backward_too) if found is None else found
 
     def steps(self, machine: launch.Machine) -> tuple[launch.Steps, launch.Layouts]:
         """The launches on a GPU, which need not be here, for pointers that are multiples of 16; and the arrays' layouts
@@ -51,10 +52,12 @@ class _Launched:
         layouts, how = self._layouts_and_ways()
         return launch.steps(self.problem, layouts, machine, aligned=True, **how), layouts
 
-    def _launch(self, aligned: bool) -> launch.Plan:
+    def _launch(self, aligned: bool, backward_too: bool) -> launch.Plan:
         from cuflash.cuda import launch  # with CuPy
 
         layouts, how = self._layouts_and_ways()
+        if backward_too:
+            launch.compile_backward(self.problem, layouts, self.device, aligned=aligned)
         self._launches[aligned] = launch.plan(self.problem, layouts, self.device, aligned=aligned, **how)
         return self._launches[aligned]
 

@@ -26,7 +26,7 @@ def forward(operands: Operands, options: Options, with_lse: bool) -> tuple[torch
     same_shape = plan.out.shape == q.shape
     out = _empty_like(q) if same_shape else torch.empty(plan.out.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(plan.lse.shape, dtype=torch.float32, device=q.device) if with_lse else None
-    _run(plan, q, (q, k, v, out, None, None, None, None, lse, None, None, *extras, None), seed)
+    _run(plan, q, (q, k, v, out, None, None, None, None, lse, None, None, *extras, None), seed, with_lse)
     return out, lse
 
 
@@ -75,10 +75,16 @@ def backward(
     return gradients
 
 
-def _run(plan: ForwardPlan | BackwardPlan, q: torch.Tensor, operands: Sequence[torch.Tensor | None], seed: int) -> None:
+def _run(
+    plan: ForwardPlan | BackwardPlan,
+    q: torch.Tensor,
+    operands: Sequence[torch.Tensor | None],
+    seed: int,
+    backward_too: bool = False,
+) -> None:
     """Run a plan, its workspace where q is; the operands in the order of cuflash.cuda.launch.OPERANDS."""
     pointers = tuple([0 if tensor is None else tensor.data_ptr() for tensor in operands])
-    launches = plan.launches(aligned(pointers))
+    launches = plan.launches(aligned(pointers), backward_too)
     workspace = 0
     if launches.workspace:
         memory = torch.empty(launches.workspace, dtype=torch.uint8, device=q.device)

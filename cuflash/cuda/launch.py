@@ -255,6 +255,34 @@ def plan(
     return Plan(device, loaded, end, (first_zeroed, end))
 
 
+def compile_backward(problem: Problem, layouts: Layouts, device: int, *, aligned: bool) -> None:
+    """Begin to compile what the backward of this forward launches if it is given no gradients to write to. A training
+    step's forward asks for the LSE; its own kernels take as long, so this saves half of the first step.
+
+    Threads of their own do it, for which the interpreter waits when it ends; what fails is the backward's to raise.
+    """
+    gradients = {"dout": "out", "dq": "q", "dk": "k", "dv": "v", "dbias": "bias"}
+    likely = layouts | {name: layouts[like] for name, like in gradients.items() if like in layouts}
+    found = machine(device)
+    try:
+        launches, _ = steps(problem, likely, found, aligned=aligned, backward=True)
+    except UnsupportedError:
+        return
+    for step in launches:
+        _begin_to_compile(step.kernel, step.spec, step.tile, found.target)
+
+
+@lru_cache(maxsize=4096)
+def _begin_to_compile(*job: Any) -> None:
+    def compile_it() -> None:
+        try:
+            jit.cubin(*job)
+        except Exception:
+            logger.debug("%s %s cannot be compiled ahead", *job[:2], exc_info=True)
+
+    threading.Thread(target=compile_it, name=f"cuflash {job[0]}").start()
+
+
 def steps(
     problem: Problem,
     layouts: Layouts,
@@ -388,7 +416,7 @@ def forward(plan: ForwardPlan, inputs: Sequence[Any], seed: int, with_lse: bool)
         *[0 if array is None else array.data.ptr for array in extras],
         0,
     )
-    _run(gpu, plan, pointers, seed)
+    _run(gpu, plan, pointers, seed, with_lse)
     return out, lse
 
 
@@ -412,9 +440,11 @@ def backward(plan: BackwardPlan, arrays: Sequence[Any], given: Sequence[Any], se
     return gradients
 
 
-def _run(gpu: _Gpu, plan: ForwardPlan | BackwardPlan, pointers: Sequence[int], seed: int) -> None:
+def _run(
+    gpu: _Gpu, plan: ForwardPlan | BackwardPlan, pointers: Sequence[int], seed: int, backward_too: bool = False
+) -> None:
     """Launch a plan on the current stream, with a workspace from CuPy's pool if it needs one."""
-    launches = plan.launches(aligned(pointers))
+    launches = plan.launches(aligned(pointers), backward_too)
     stream = gpu.stream().ptr
     if not launches.workspace:
         launches._run(gpu, stream, pointers, 0, seed)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cuflash import arrays, plans
+from cuflash import arrays, plans, tuning
 from cuflash.arrays import Signature
+from cuflash.cuda import launch
+from cuflash.cuda.toolchain import KernelCompileError, Target
 
 OPTIONS = (False, None, None, None, 0.0, False, False, False, "bshd", None)
 
@@ -124,3 +127,42 @@ def test_the_map_of_packed_sequences_ends_with_each(stride: int) -> None:
         assert all(x < n for x, n in zip(coordinates, shape[1:], strict=True))
         address = sum(x * step for x, step in zip(coordinates, strides, strict=True)) % 2**64
         assert address == 2 * ((start + row) * stride + 3 * 24)
+
+
+@pytest.mark.parametrize("option", [None, "sinks", "bias"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_a_forward_with_lse_begins_to_compile_its_backward(
+    arch: str, option: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [_signature(2, 5, 4, 16, dtype="float16"), *[_signature(2, 7, 2, 16, dtype="float16")] * 2, *(None,) * 6]
+    if option is not None:
+        inputs[plans.INPUTS.index(option)] = _signature(*{"sinks": (4,), "bias": (5, 7)}[option])
+    inputs = [array and array._replace(device="cuda:0") for array in inputs]
+    target = Target.named(arch)
+    machine = launch.Machine(target, 132, tuning.SHARED_MEMORY[target.path])
+    begun: list[Any] = []
+
+    def compile_it(*job: Any) -> bytes:
+        begun.append(job)
+        raise KernelCompileError("for the backward to raise")
+
+    monkeypatch.setattr(launch, "machine", lambda device: machine)
+    monkeypatch.setattr(launch, "plan", lambda *_, **__: None)
+    monkeypatch.setattr(launch.jit, "cubin", compile_it)
+    launch._begin_to_compile.cache_clear()
+    plans.forget()
+    forward = plans.forward(*inputs, *OPTIONS)
+    forward.launches(True)
+    assert not begun
+    forward._launches.clear()
+    forward.launches(True, backward_too=True)
+    for thread in threading.enumerate():
+        if thread.name.startswith("cuflash "):
+            thread.join()
+    backward = plans.backward(
+        forward.out, forward.out, forward.lse, None, None, None, None, *inputs, False, "fast", True, *OPTIONS
+    )
+    steps, _ = backward.steps(machine)
+    assert sorted(map(str, begun)) == sorted(str((*step[:3], target)) for step in steps.launches)
+    launch._begin_to_compile.cache_clear()
+    plans.forget()
