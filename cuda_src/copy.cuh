@@ -49,19 +49,20 @@ __device__ __forceinline__ Element* head_rows(const Tensor& tensor, int batch, l
            head * tensor.head_stride;
 }
 
-// X_smem [ROWS, padded DIM] = X_gmem [rows, DIM], zero from `rows` on: rows outside a sequence are never read.
-template <int ROWS, int DIM>
-__device__ __forceinline__ void load_tile(unsigned int X_smem, const Element* X_gmem, long long row_stride, int rows) {
+// X_smem [ROWS, padded DIM] = the rows at row_of(0) to row_of(rows - 1), zero from `rows` on: rows outside a sequence
+// are never read.
+template <int ROWS, int DIM, typename RowOf>
+__device__ __forceinline__ void load_rows(unsigned int X_smem, RowOf row_of, int rows) {
     constexpr int CHUNKS = padded_dim(DIM) / CHUNK;  // 16-byte chunks a row
 #pragma unroll 4
     for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
         const int row = i / CHUNKS;
         const int col = i % CHUNKS * CHUNK;
-        const Element* source = X_gmem + row * row_stride + col;
+        const Element* source = row_of(row) + col;
         const unsigned int target = X_smem + row * row_pitch(DIM) + col * ELEMENT_BYTES;
         if constexpr (TILE.vector == 16) {
             const bool inside = row < rows && col < DIM;
-            copy_async_16(target, inside ? source : X_gmem, inside ? 16 : 0);
+            copy_async_16(target, inside ? source : row_of(0), inside ? 16 : 0);
         } else {  // rows that are not aligned: an element at a time
             Element chunk[CHUNK];
 #pragma unroll
@@ -77,6 +78,12 @@ __device__ __forceinline__ void load_tile(unsigned int X_smem, const Element* X_
             store_shared(target, value.x, value.y, value.z, value.w);
         }
     }
+}
+
+// The same of rows that are row_stride apart.
+template <int ROWS, int DIM>
+__device__ __forceinline__ void load_tile(unsigned int X_smem, const Element* X_gmem, long long row_stride, int rows) {
+    load_rows<ROWS, DIM>(X_smem, [=](int row) { return X_gmem + row * row_stride; }, rows);
 }
 
 // The statistic's address of row 0 of one head of one sequence.

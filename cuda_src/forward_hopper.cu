@@ -429,7 +429,7 @@ __device__ __forceinline__ void finish_softmax(const Params& p, const Task& task
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float lse;
-        scale[half] = finish_row(softmax.m[half] * softmax.unit(), softmax.l[half], sink, lse);
+        scale[half] = finish_row(softmax.m[half] * softmax.unit(), row_sum(softmax.l[half]), sink, lse);
         if constexpr (SPEC.dropout) scale[half] *= p.dropout_scale;
         const int i = lane / 4 + 8 * half;
         if (p.lse.data != nullptr && lane % 4 == 0 && i < sequence.q_len - first) lse_gmem[i] = lse;

@@ -2,11 +2,16 @@
 // One thread block a tile of queries of one head; each warp owns WARP_ROWS of its rows and keeps its part of
 // S, P and O in registers. K and V tiles stream through a ring of TILE.stages buffers. TILE.split warps share rows:
 // each computes the same P and keeps its slice of O.
+//
+// With SPEC.parts, for few queries, the rows of a tile are those of all heads of a group, head by head within a query,
+// so that K and V are read once for them all; and a thread block visits one part of the keys, of which it leaves O,
+// m and l (forward_combine.cu puts the parts together).
 #include "copy.cuh"
 #include "dense.cuh"
 #include "dropout.cuh"
 #include "key_value.cuh"
 #include "mask.cuh"
+#include "partial.cuh"
 #include "scores.cuh"
 #include "softmax.cuh"
 
@@ -25,16 +30,22 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     const unsigned int KV_smem = Q_smem + Q_BYTES;
     const DenseTile dense{reinterpret_cast<float*>(smem + Q_BYTES + KV_BYTES)};
 
-    const Work work = find_work<TILE.rows, false>(p, blockIdx.x, p.q_tiles, p.heads);
+    const int sharing = SPEC.parts ? p.group : 1;  // heads whose rows a tile has
+    const int parts = SPEC.parts ? p.parts : 1, part = blockIdx.x % parts;
+    const Work work = find_work<TILE.rows, false>(p, blockIdx.x / parts, p.q_tiles, p.heads / sharing);
     if (!work.exists) return;
     const Sequence& sequence = work.sequence;
-    const int head = work.head, kv_head = head / p.group;
-    const int q_first = work.tile * TILE.rows;
-    const int q_rows = min(TILE.rows, sequence.q_len - q_first);
+    const int head = work.head * sharing, kv_head = head / p.group;  // the first head
+    const int first_row = work.tile * TILE.rows;
+    const int rows = min(TILE.rows, sequence.q_len * sharing - first_row);
+    const int q_first = first_row / sharing, q_last = (first_row + rows - 1) / sharing;
     const Band band(p, sequence);
-    const TileRange tiles = band.kv_tiles(q_first, q_first + q_rows - 1);
+    TileRange tiles = band.kv_tiles(q_first, q_last);
+    if constexpr (SPEC.parts) {
+        tiles.first = min(tiles.first + part * p.part_tiles, tiles.last);
+        tiles.last = min(tiles.first + p.part_tiles, tiles.last);
+    }
 
-    const Element* Q_gmem = head_rows(p.q, sequence.batch, sequence.q_start + q_first, head);
     const KeyValueTiles<D, DV> kv(p, sequence, kv_head, KV_smem);
     auto load_kv = [&](int tile) { kv.load(p, tile, tiles.last); };
 
@@ -42,6 +53,18 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     const int warp_row = warp / TILE.split * WARP_ROWS, first_col = warp % TILE.split * SLICE;
     const Scores scores(p, sequence.index, head, band.offset);
     const Dropout dropout(p, sequence.index, head);
+    int q_of[M][2];        // the queries of this lane's rows
+    float slope_of[M][2];  // and the ALiBi slopes of their heads
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = first_row + warp_row + 16 * i + lane / 4 + 8 * half;
+            q_of[i][half] = row / sharing;
+            slope_of[i][half] = scores.slope;
+            if constexpr (SPEC.parts) slope_of[i][half] = Scores(p, sequence.index, head + row % sharing, 0).slope;
+        }
+    }
     float O[M][N_OUT][4] = {};  // [rows, head_dim_v]
     float m[M][2], l[M][2];     // running row maximum of S (times UNIT) and row sum of e^(S - m), this lane's columns
 #pragma unroll
@@ -50,7 +73,12 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
         l[i][0] = l[i][1] = 0.0f;
     }
 
-    load_tile<TILE.rows, D>(Q_smem, Q_gmem, p.q.row_stride, q_rows);
+    const Element* Q_gmem = head_rows(p.q, sequence.batch, sequence.q_start, head);
+    const auto row_of = [&](int row) {
+        const int of_all = first_row + row;
+        return Q_gmem + of_all / sharing * p.q.row_stride + of_all % sharing * p.q.head_stride;
+    };
+    load_rows<TILE.rows, D>(Q_smem, row_of, rows);
     for (int stage = 0; stage < TILE.stages - 1; ++stage) load_kv(tiles.first + stage);
     for (int tile = tiles.first; tile < tiles.last; ++tile) {
         advance_ring(tile, load_kv);
@@ -64,20 +92,25 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
         multiply_nt<D>(S, Q_smem + warp_row * row_pitch(D), K_smem);
 
         // Scale, softcap, ALiBi, bias and masks; S is times UNIT from here on.
-        const bool cut = band.cuts(q_first, TILE.rows, kv_first, TILE.cols);
-        const float distance = scores.distance(q_first + warp_row + lane / 4, kv_first + lane % 4 * 2);
+        const bool cut = band.cuts(q_first, SPEC.parts ? q_last - q_first + 1 : TILE.rows, kv_first, TILE.cols);
 #pragma unroll
         for (int i = 0; i < M; ++i) {
 #pragma unroll
-            for (int n = 0; n < N; ++n) {
+            for (int half = 0; half < 2; ++half) {
+                const int q_index = q_of[i][half], first_key = kv_first + lane % 4 * 2;
+                const float distance = scores.distance(q_index, first_key);
+                Scores of_row = scores;
+                of_row.slope = slope_of[i][half];
 #pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                    const int q_index = q_first + warp_row + 16 * i + lane / 4 + r / 2 * 8;
-                    const int kv_index = kv_first + 8 * n + lane % 4 * 2 + r % 2;
-                    float derivative;
-                    S[i][n][r] = scores.exponent(S[i][n][r], distance + (16 * i + r / 2 * 8 - 8 * n - r % 2),
-                                                 derivative, dense.addend(q_index - q_first, kv_index - kv_first));
-                    if (cut && !band.allows(q_index, kv_index)) S[i][n][r] = MINUS_INFINITY;
+                for (int n = 0; n < N; ++n) {
+#pragma unroll
+                    for (int r = 2 * half; r < 2 * half + 2; ++r) {
+                        const int col = 8 * n + r % 2;
+                        float derivative;
+                        S[i][n][r] = of_row.exponent(S[i][n][r], distance - col, derivative,
+                                                     dense.addend(q_index - q_first, first_key + col - kv_first));
+                        if (cut && !band.allows(q_index, first_key + col)) S[i][n][r] = MINUS_INFINITY;
+                    }
                 }
             }
         }
@@ -131,6 +164,26 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     copy_async_commit();
     copy_async_wait<0>();
 
+    if constexpr (SPEC.parts) {  // O, m and l as they are
+        const Partial partial(p, sequence.batch, kv_head);
+        const float as_it_is[2] = {1.0f, 1.0f};
+#pragma unroll
+        for (int i = 0; i < M; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float sum = row_sum(l[i][half]);
+                const int row = warp_row + 16 * i + lane / 4 + 8 * half;
+                if (lane % 4 == 0 && first_col == 0 && row < rows) {
+                    partial.statistics[partial.place(first_row + row, part)] = make_float2(m[i][half], sum);
+                }
+            }
+            const int row = warp_row + 16 * i;
+            store_accumulators<DV>(partial.O + partial.place(first_row + row, part) * DV, parts * DV, rows - row,
+                                   first_col, O[i], as_it_is, false);
+        }
+        return;
+    }
+
     // O / l and LSE; exp(sink) joins the denominator.
     Element* O_gmem = head_rows(p.out, sequence.batch, sequence.q_start + q_first, head);
     float* lse_gmem = statistic_rows(p.lse, sequence.batch, sequence.q_start + q_first, head);
@@ -140,12 +193,12 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float lse;
-            scale[half] = finish_row(m[i][half], l[i][half], scores.sink, lse);
+            scale[half] = finish_row(m[i][half], row_sum(l[i][half]), scores.sink, lse);
             const int row = warp_row + 16 * i + lane / 4 + 8 * half;
-            if (p.lse.data != nullptr && lane % 4 == 0 && first_col == 0 && row < q_rows) lse_gmem[row] = lse;
+            if (p.lse.data != nullptr && lane % 4 == 0 && first_col == 0 && row < rows) lse_gmem[row] = lse;
         }
         const int row = warp_row + 16 * i;
-        store_accumulators<DV>(O_gmem + row * p.out.row_stride, p.out.row_stride, q_rows - row, first_col, O[i], scale,
+        store_accumulators<DV>(O_gmem + row * p.out.row_stride, p.out.row_stride, rows - row, first_col, O[i], scale,
                                false);
     }
 }

@@ -43,6 +43,7 @@ struct CommonParams {
     int* dq_turns;             // deterministic: how many tiles of keys have added to a piece, zero before
     int* tickets;              // one counter: how many tasks the thread blocks of a Hopper kernel have taken
     int* tasks;                // packed: the tasks of the Hopper kernels (list.cuh)
+    float* partial;            // sums over parts of the keys (partial.cuh)
     const void* alibi_slopes;  // [heads] (batch stride 0) or [batch, heads]
     long long alibi_batch_stride;
     long long alibi_head_stride;
@@ -60,6 +61,7 @@ struct CommonParams {
     int q_tiles;                     // tiles of a head's queries (packed: an upper bound for all sequences)
     int kv_tiles;                    // tiles of a head's keys
     int section_heads;               // heads whose tiles are worked on together, the longest first
+    int parts, part_tiles;           // into how many parts the keys are divided, and the tiles of one
     int left, right;                 // the mask keeps -left <= kv_pos - q_pos <= right
     unsigned int dropout_threshold;  // an element of P is dropped when its 15-bit number is below
     float dropout_scale;             // 1 / (1 - dropout_p)

@@ -21,11 +21,16 @@ __device__ __forceinline__ float reciprocal(float x) {
     }
 }
 
-// The factor 1 / l of a row of O and its LSE, from the point m its exponentials refer to (times UNIT, -inf for a row
-// without keys) and this lane's part of the row sum l; exp(sink) joins the denominator here.
-__device__ __forceinline__ float finish_row(float m, float l, float sink, float& lse) {
+// The row sum of accumulators from this lane's part of it.
+__device__ __forceinline__ float row_sum(float l) {
     l += __shfl_xor_sync(0xFFFFFFFF, l, 1);
     l += __shfl_xor_sync(0xFFFFFFFF, l, 2);
+    return l;
+}
+
+// The factor 1 / l of a row of O and its LSE, from the point m its exponentials refer to (times UNIT, -inf for a row
+// without keys) and the row sum l; exp(sink) joins the denominator here.
+__device__ __forceinline__ float finish_row(float m, float l, float sink, float& lse) {
     float rescale = 1.0f;
     if constexpr (SPEC.sinks) {
         // In natural units, so that a sink far above all scores is the LSE to its last bit.

@@ -20,6 +20,7 @@ struct Spec {
     bool deterministic;
     bool lean;        // the backward uses no workspace for dQ
     bool allow_tf32;  // float32 products with one TF32 term instead of three
+    bool parts;       // few queries: their heads share tiles, and thread blocks share the keys (forward_combine.cu)
 };
 
 struct Tile {

@@ -48,6 +48,7 @@ class Spec:
     deterministic: bool = False
     lean: bool = False  # the backward uses no workspace for dQ
     allow_tf32: bool = False  # float32 products with one TF32 term instead of three
+    parts: bool = False  # few queries: their heads share tiles, and thread blocks share the keys (forward_combine.cu)
 
     def render(self) -> str:
         """`constexpr Spec SPEC{...};` with every field named."""

@@ -70,6 +70,23 @@ _PORTABLE = {
         256: ((64, 16, 1, 8, 2, 1), (32, 16, 1, 4, 2, 1)),
     },
 }
+# Where thread blocks share the keys: 16 rows, those of few queries and a group's heads, so the warps share them all.
+# What counts is that many bytes are on their way: two or three thread blocks a multiprocessor, each with a ring. The
+# first that fits twice is taken.
+_PARTS = {
+    2: {
+        64: ((16, 128, 2, 4, 4, 1), (16, 64, 2, 4, 4, 1), (16, 32, 2, 4, 4, 1), (16, 32, 1, 4, 4, 1)),
+        128: ((16, 64, 2, 4, 4, 1), (16, 32, 2, 4, 4, 1), (16, 16, 2, 4, 4, 1), (16, 16, 1, 4, 4, 1)),
+        256: ((16, 32, 2, 4, 4, 1), (16, 16, 2, 4, 4, 1), (16, 16, 1, 4, 4, 1)),
+    },
+    4: {
+        64: ((16, 64, 2, 4, 4, 1), (16, 32, 2, 4, 4, 1)),
+        128: ((16, 32, 2, 4, 4, 1), (16, 16, 2, 4, 4, 1)),
+        256: ((16, 16, 2, 4, 4, 1),),
+    },
+}
+FEW_ROWS = 16  # queries times heads of a group, up to which these tiles serve
+MOST_PARTS = 128  # a thread of forward_combine each
 # 32 rows a warp instead of 16 halve the reads of K and V; the registers suffice where the score stage is short.
 _PLAIN = {("forward_portable", 2, 64): (128, 64, 2, 4, 1, 1)}
 # With a bias or a mask a tile of it takes shared memory, and the score stage registers, as dropout and several options
@@ -129,6 +146,7 @@ _FIXED = {
     "backward_sinks": Tile(rows=1, cols=1, warps=8),
     "backward_finish": Tile(rows=64, cols=64, warps=4),
     "backward_bias": Tile(rows=1, cols=1, warps=8),
+    "forward_combine": Tile(rows=1, cols=MOST_PARTS, warps=MOST_PARTS // 32),
 }
 _LIST_WARPS = 32  # of the kernels that list tasks
 _DENSE = ("bias", "mask")
@@ -141,8 +159,10 @@ _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, h
         "sinks",
         "dropout",
         "allow_tf32",
+        "parts",
         *_DENSE,
     ),
+    "forward_combine": ("sinks",),
     "forward_hopper": ("bounded_left", "bounded_right", "softcap", "alibi", "sinks", "dropout"),
     "backward_portable_dkv": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "allow_tf32", *_DENSE),
     "backward_portable_dq": (
@@ -168,6 +188,8 @@ def kernel_spec(kernel: str, spec: Spec) -> Spec:
         relevant |= {"lean": True, "deterministic": False}  # nothing is atomic then
     if kernel == "backward_portable_dq" and not spec.bias:
         relevant["deterministic"] = False  # it always is
+    if kernel == "forward_portable" and spec.parts:
+        relevant["sinks"] = False  # forward_combine adds them
     return Spec(dtype=spec.dtype, head_dim=spec.head_dim, head_dim_v=spec.head_dim_v, packed=spec.packed, **relevant)
 
 
@@ -185,6 +207,8 @@ def check_supported(spec: Spec, path: int) -> None:
 def kernels_of(spec: Spec, *, backward: bool, hopper: bool = False) -> tuple[str, ...]:
     """The kernels that one call launches, in order; `hopper` where the Hopper kernels serve it."""
     if not backward:
+        if spec.parts:
+            return ("forward_portable", "forward_combine")
         if not hopper:
             return ("forward_portable",)
         return ("forward_list", "forward_hopper") if spec.packed else ("forward_hopper",)
@@ -195,6 +219,11 @@ def kernels_of(spec: Spec, *, backward: bool, hopper: bool = False) -> tuple[str
     if spec.packed:
         first += ("backward_list",)
     return (*first, _of_keys(spec), "backward_hopper_dq" if _dq_alone(spec) else "backward_finish")
+
+
+def has_parts(spec: Spec) -> bool:
+    """Whether thread blocks can share the keys of a forward, as far as the Spec decides."""
+    return not (spec.packed or spec.dropout or spec.bias or spec.mask)
 
 
 def has_hopper(spec: Spec, *, backward: bool) -> bool:
@@ -271,10 +300,13 @@ def _hopper_forward_tile(spec: Spec, vector: int) -> Tile:
     raise UnsupportedError(f"no tile of forward_hopper fits: {spec}")
 
 
-def tile_of(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int | None = None) -> Tile:
+def tile_of(
+    kernel: str, spec: Spec, path: int, vector: int, shared_limit: int | None = None, rows: int = FEW_ROWS
+) -> Tile:
     """The tile of a kernel on a code path; `vector` is the width of its copies in bytes.
 
     `shared_limit` is what a thread block of the GPU may have, where that may be less than the path's own GPUs give.
+    With spec.parts, `rows` are the queries times the heads of a group.
     """
     if kernel in ("forward_list", "backward_list"):
         listed = tile_of("forward_hopper" if kernel == "forward_list" else _of_keys(spec), spec, path, vector)
@@ -288,30 +320,31 @@ def tile_of(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int |
         return Tile(rows=rows, cols=cols, stages=stages, warps=warps, blocks=1, vector=vector)
     if kernel in _FIXED:
         return replace(_FIXED[kernel], vector=vector)
-    return _portable_tile(kernel, spec, path, vector, shared_limit)
+    return _portable_tile(kernel, spec, path, vector, shared_limit, spec.parts and rows <= FEW_ROWS)
 
 
-def _portable_tile(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int | None) -> Tile:
+def _portable_tile(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int | None, few_rows: bool) -> Tile:
     """The tile of one of the portable kernels."""
     element_bytes = 4 if spec.dtype == "float32" else 2
-    table = _PORTABLE[kernel, element_bytes]
+    table = _PARTS[element_bytes] if few_rows else _PORTABLE[kernel, element_bytes]
     reach = next(dim for dim in table if max(spec.head_dim, spec.head_dim_v) <= dim)
     candidates = table[reach]
     dense = spec.bias or spec.mask
-    if dense or spec.dropout or _score_options(spec) > 1:
+    if not few_rows and (dense or spec.dropout or _score_options(spec) > 1):
         candidates = _WITH_DENSE.get((kernel, element_bytes, reach), candidates)
         if dense and spec.deterministic:  # the loop over all that is summed in order takes registers too
             candidates = candidates[-1:]
     limit = SHARED_MEMORY.get(path, min(SHARED_MEMORY.values()))
     if shared_limit is not None:
         limit = min(limit, shared_limit)
-    if not _long_score_stage(spec) and (kernel, element_bytes, reach) in _PLAIN:
+    if not _long_score_stage(spec) and not spec.parts and (kernel, element_bytes, reach) in _PLAIN:
         candidates = (_PLAIN[kernel, element_bytes, reach], *candidates)
     for rows, cols, stages, warps, split, blocks in candidates:
         if stages > 1 and path < 800:
             continue  # without asynchronous copies there is nothing to keep in flight
         tile = Tile(rows=rows, cols=cols, stages=stages, warps=warps, split=split, blocks=blocks, vector=vector)
-        if shared_bytes(kernel, spec, tile) <= limit:
+        blocks_wanted = 2 if few_rows and cols > candidates[-1][1] else 1
+        if blocks_wanted * shared_bytes(kernel, spec, tile) <= limit:
             return tile
     raise UnsupportedError(f"no tile of {kernel} fits into {limit} bytes of shared memory: {spec}")
 

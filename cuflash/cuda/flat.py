@@ -18,6 +18,7 @@ _BACKWARD = ("q", "k", "v", "dout", "lse", "alibi_slopes", "cu_seqlens_q", "cu_s
 # The arrays that a kernel reads, and those that it writes, as far as a call has them. One in both is changed in place.
 _ACCESS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "forward_portable": (_FORWARD, ("out", "lse")),
+    "forward_combine": (("sinks", "partial"), ("out", "lse")),
     "forward_list": (("cu_seqlens_q", "cu_seqlens_k"), ("tickets", "tasks")),
     "forward_hopper": ((*_FORWARD, "tickets", "tasks"), ("out", "lse", "tickets")),
     "backward_prepare": (("out", "dout", "dlse"), ("delta", "tickets")),
@@ -31,8 +32,9 @@ _ACCESS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "backward_finish": (("cu_seqlens_q", "cu_seqlens_k", "dq_sum"), ("dq",)),
     "backward_bias": (("dbias_sum",), ("dbias",)),
 }
+_OF_PARTS = (_FORWARD, ("partial",))  # forward_portable, where thread blocks share the keys
 _POINTERS = {"lse": "float*", "dlse": "float*", "delta": "float*", "dq_sum": "float*", "dq_turns": "int*"}
-_POINTERS |= {"tickets": "int*", "tasks": "int*", "dbias_sum": "float*"}  # the others are void*
+_POINTERS |= {"partial": "float*", "tickets": "int*", "tasks": "int*", "dbias_sum": "float*"}  # the others are void*
 _NUMBERS = {"q": "long long", "Q": "unsigned long long", "i": "int", "I": "unsigned int", "f": "float"}
 # The fields of Params that are numbers, and their codes: without and with those of a bias and a mask.
 NUMBERS = tuple((name, code) for name, code in COMMON_PARAMS if code != "P")
@@ -54,7 +56,7 @@ def flat(step: Step, arrays: Collection[str]) -> Flat:
     """The flat entry of one launch of a call that has these arrays, by their names in OPERANDS and WORKSPACE."""
     reads, writes = (
         tuple(name for name in (*OPERANDS, *WORKSPACE) if name in names and name in arrays)
-        for names in _ACCESS[step.kernel]
+        for names in (_OF_PARTS if step.spec.parts else _ACCESS[step.kernel])
     )
     if "dbias_sum" in writes:
         writes = tuple(name for name in writes if name != "dbias")

@@ -35,6 +35,14 @@ _UNBOUNDED = 2**30 - 1024  # a mask's bound beyond every position
 _MAX_BLOCKS = 2**31 - 1
 _SECTION_BYTES = 2**25  # of the L2 cache
 _NARROW = 8  # NARROW of cuda_src/schedule.cuh
+_FEW_QUERIES = 64  # up to so many, of long sequences, thread blocks share the keys
+_MANY_KEYS = 1024  # that are visited: so many at least
+_PART_TILES = 4  # of a part of the keys, at least
+_FEWEST_COLS = 16  # of a tile
+_NEARLY = 0.9
+_MOST_BLOCKS = 3  # on a multiprocessor: as many as registers allow
+_MOST_MULTIPROCESSORS = 256  # of any GPU
+_SHARED_OF_MULTIPROCESSOR = {750: 65_536, 800: 167_936, 860: 102_400, 870: 167_936, 890: 102_400, 1200: 102_400}
 _PAIRED_TILES = 64  # of a head, up to which the Hopper forward works on them in pairs under a mask
 _SHARED_SIZE_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
@@ -46,13 +54,13 @@ COMMON_PARAMS = (
       for field in ("data", "batch_stride", "row_stride", "head_stride")),
     *((f"{name}.{field}", "P" if field == "data" else "q") for name in _STATISTICS
       for field in ("data", "batch_stride", "head_stride")),
-    ("dq_sum", "P"), ("dq_turns", "P"), ("tickets", "P"), ("tasks", "P"),
+    ("dq_sum", "P"), ("dq_turns", "P"), ("tickets", "P"), ("tasks", "P"), ("partial", "P"),
     ("alibi_slopes", "P"), ("alibi_batch_stride", "q"), ("alibi_head_stride", "q"),
     ("sinks", "P"), ("sinks_stride", "q"), ("dsinks", "P"),
     ("cu_seqlens_q", "P"), ("cu_seqlens_k", "P"),
     *((f"keys.r{number}", "Q") for number in range(dropout.ROUNDS)),
     *((name, "i") for name in ("batch", "heads", "group", "q_len", "kv_len", "q_tiles", "kv_tiles", "section_heads",
-                             "left", "right")),
+                             "parts", "part_tiles", "left", "right")),
     ("dropout_threshold", "I"), ("dropout_scale", "f"), ("scale", "f"), ("softcap", "f"),
     *((name, "i") for name in ("cu_seqlens_int64", "alibi_float32", "sinks_float32", "dq_float32", "dk_float32",
                                "dv_float32", "accumulate")),
@@ -72,8 +80,8 @@ PARAMS_OFFSETS = {
 _POINTER = struct.Struct("@P")
 # The arrays of a call, in the order in which a Plan takes their pointers, and the parts of the workspace.
 OPERANDS = (*TENSORS, "lse", "dlse", "dsinks", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", *DENSE)
-WORKSPACE = ("delta", "tickets", "tasks", "dq_sum", "dq_turns", "dbias_sum")
-ZEROED = WORKSPACE[3:]  # those that must be zeros before the call
+WORKSPACE = ("delta", "tickets", "tasks", "partial", "dq_sum", "dq_turns", "dbias_sum")
+ZEROED = WORKSPACE[4:]  # those that must be zeros before the call
 _WORD = 8  # bytes of a pointer, and of a key
 _WORDS = {  # of struct Params: where their pointers are
     name: PARAMS_OFFSETS.get(name, PARAMS_OFFSETS.get(f"{name}.data", -1)) // _WORD for name in (*OPERANDS, *WORKSPACE)
@@ -302,19 +310,24 @@ def steps(
     if max(problem.q_len, problem.kv_len) > MAX_LENGTH:
         raise UnsupportedError(f"q, k: got lengths {problem.q_len} and {problem.kv_len}; the kernels go to 2^29 tokens")
     hopper = aligned and _takes_hopper(problem, target, layouts, backward)
-    spec = _spec_of(problem, layouts, lean)
+    spec = replace(_spec_of(problem, layouts, lean), parts=not backward and _takes_parts(problem, machine))
     vector = _vector(problem.spec, layouts) if aligned else _element_bytes(problem.spec)
+    rows = problem.q_len * problem.group if spec.parts else problem.q_len
     tiles = {}
     for name in tuning.kernels_of(spec, backward=backward, hopper=hopper):
-        tiles[name] = tuning.tile_of(name, tuning.kernel_spec(name, spec), target.path, vector, machine.shared_limit)
+        known = tuning.kernel_spec(name, spec)
+        tiles[name] = tuning.tile_of(name, known, target.path, vector, machine.shared_limit, rows)
+    division = _divide(problem, spec, tiles["forward_portable"], machine) if spec.parts else _WHOLE
     launches = []
     for name, tile in tiles.items():
-        q_tiles = _tiles(problem, problem.q_len, tile.rows)
+        q_tiles = _tiles(problem, rows, tile.rows)
         if name == "backward_finish":
             q_tiles = _piece_rows(problem, tiles)
         blocks = _blocks(name, problem, tile, machine.multiprocessors, q_tiles)
         if name == "backward_portable_dq" and spec.bias and spec.deterministic:
             blocks = _ordered_blocks(problem, layouts["dbias"], q_tiles)
+        elif name == "forward_portable" and spec.parts:
+            blocks = problem.batch * problem.kv_heads * q_tiles * division.parts
         elif name == "backward_bias":
             blocks = -(-_summed(problem, layouts) // (32 * tile.warps))
         if blocks > _MAX_BLOCKS:
@@ -330,14 +343,14 @@ def steps(
                 tile=tile,
                 shared_bytes=tuning.shared_bytes(name, kernel_spec, tile),
                 blocks=blocks,
-                values=_params(problem, tile, layouts, q_tiles, section_heads, accumulate),
+                values=_params(problem, tile, layouts, q_tiles, section_heads, accumulate, division),
                 maps=tuple(
                     (array, side if isinstance(side, int) else getattr(tile, side))
                     for array, side in _MAPPED.get(name, ())
                 ),
             )
         )
-    return Steps(tuple(launches), _workspace(problem, spec, tiles, layouts))
+    return Steps(tuple(launches), _workspace(problem, spec, tiles, layouts, division))
 
 
 def machine(device: int) -> Machine:
@@ -358,9 +371,13 @@ def _piece_rows(problem: Problem, tiles: dict[str, Tile]) -> int:
     return _tiles(problem, problem.q_len, rows) * rows // tiles["backward_finish"].rows
 
 
-def _workspace(problem: Problem, spec: Spec, tiles: dict[str, Tile], layouts: Layouts) -> dict[str, int]:
+def _workspace(
+    problem: Problem, spec: Spec, tiles: dict[str, Tile], layouts: Layouts, division: Division
+) -> dict[str, int]:
     """The parts of the workspace that these kernels need, in bytes."""
     sizes = dict.fromkeys(WORKSPACE, 0)
+    if "forward_combine" in tiles:  # m, l and O
+        sizes["partial"] = 4 * division.parts * problem.statistics * (2 + spec.head_dim_v)
     if "backward_prepare" in tiles:
         sizes["delta"], sizes["tickets"] = 4 * problem.statistics, 4
         sizes["dbias_sum"] = 4 * _summed(problem, layouts)
@@ -386,9 +403,12 @@ def _list_bytes(problem: Problem, tiles: int) -> int:
 def workspace_bound(problem: Problem, *, backward: bool, lean: bool) -> int:
     """The most workspace in bytes that a call without a bias needs, whichever kernels serve it; nothing is compiled for
     it."""
-    spec = _spec_of(problem, {}, lean)
+    largest = Machine(toolchain.Target.named("sm_90a"), _MOST_MULTIPROCESSORS, tuning.SHARED_MEMORY[900])
+    spec = replace(_spec_of(problem, {}, lean), parts=not backward and _takes_parts(problem, largest))
     names = tuning.kernels_of(spec, backward=backward, hopper=tuning.has_hopper(spec, backward=backward))
-    sizes = _workspace(problem, spec, {name: tuning.tile_of(name, spec, 900, 16) for name in names}, {})
+    tiles = {name: tuning.tile_of(name, spec, 900, 16) for name in names}
+    parts = _most_parts(-(-_visited_keys(problem) // _FEWEST_COLS) + 1) if spec.parts else 1
+    sizes = _workspace(problem, spec, tiles, {}, Division(parts, 0))
     return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes.values())
 
 
@@ -502,6 +522,55 @@ def _takes_hopper(problem: Problem, target: toolchain.Target, layouts: Layouts, 
     )
 
 
+class Division(NamedTuple):
+    """How thread blocks share the keys of a forward: into how many parts they are divided, of how many tiles."""
+
+    parts: int
+    tiles: int
+
+
+_WHOLE = Division(1, 0)  # where they do not
+
+
+def _takes_parts(problem: Problem, machine: Machine) -> bool:
+    """Whether thread blocks share the keys: of few queries, whose own tiles are too few for the GPU, or so small that
+    the time goes into reading the keys of a group again for each of its heads."""
+    rows = problem.q_len * problem.group
+    return (
+        tuning.has_parts(problem.spec)
+        and 0 < problem.q_len <= _FEW_QUERIES
+        and _visited_keys(problem) >= _MANY_KEYS
+        and problem.batch * problem.heads > 0
+        and (rows <= tuning.FEW_ROWS or problem.batch * problem.heads < machine.multiprocessors)
+    )
+
+
+def _visited_keys(problem: Problem) -> int:
+    """The most keys that the queries may attend to, from the first to the last."""
+    left, _ = _bounds(problem)
+    return min(problem.kv_len, problem.q_len + left)
+
+
+def _divide(problem: Problem, spec: Spec, tile: Tile, machine: Machine) -> Division:
+    """The fewest parts of the keys with which the GPU is nearly as full as it gets, also when the last thread blocks
+    run."""
+    visited = _visited_keys(problem)
+    tiles = min(-(-problem.kv_len // tile.cols), -(-visited // tile.cols) + 1)
+    shared = _SHARED_OF_MULTIPROCESSOR.get(machine.target.path, 233_472)
+    block = tuning.shared_bytes("forward_portable", spec, tile) + 1024  # which the system takes for each
+    places = machine.multiprocessors * max(1, min(shared // block, _MOST_BLOCKS))
+    whole = problem.batch * problem.kv_heads * -(-problem.q_len * problem.group // tile.rows)
+    counts = range(1, _most_parts(tiles) + 1)
+    full = [whole * parts / (places * -(-whole * parts // places)) for parts in counts]
+    parts = next(parts for parts, share in zip(counts, full, strict=True) if share >= _NEARLY * max(full))
+    of_part = -(-tiles // parts)
+    return Division(-(-tiles // of_part), of_part)
+
+
+def _most_parts(tiles: int) -> int:
+    return min(max(1, tiles // _PART_TILES), tuning.MOST_PARTS)
+
+
 def _section_heads(name: str, problem: Problem, multiprocessors: int, q_tiles: int) -> int:
     """How many heads' tiles are worked on together, so that what their blocks share stays in the L2 cache."""
     if name in ("forward_hopper", "backward_hopper_dq"):  # as many as fill the multiprocessors once
@@ -559,6 +628,7 @@ def _blocks(name: str, problem: Problem, tile: Tile, multiprocessors: int, q_til
         "forward_list": lambda: 1,
         "backward_list": lambda: 1,
         "forward_portable": lambda: q_blocks,
+        "forward_combine": lambda: problem.statistics,
         # Equal tiles, equal pairs of tiles of which there are enough, or listed ones: each multiprocessor loops over
         # its share. Few or very long tiles under a mask: a block each, so that a multiprocessor that is done takes the
         # next.
@@ -595,7 +665,13 @@ def _ordered_blocks(problem: Problem, dbias: Signature, q_tiles: int) -> int:
 
 
 def _params(
-    problem: Problem, tile: Tile, layouts: Layouts, q_tiles: int, section_heads: int, accumulate: bool
+    problem: Problem,
+    tile: Tile,
+    layouts: Layouts,
+    q_tiles: int,
+    section_heads: int,
+    accumulate: bool,
+    division: Division,
 ) -> dict[str, int | float]:
     """The fields of struct Params, by the names of PARAMS and in their order; the pointers are 0."""
     left, right = _bounds(problem)
@@ -630,6 +706,8 @@ def _params(
         "q_tiles": q_tiles,
         "kv_tiles": _tiles(problem, problem.kv_len, tile.cols),
         "section_heads": section_heads,
+        "parts": division.parts,
+        "part_tiles": division.tiles,
         "left": left,
         "right": right,
         "dropout_threshold": dropout.threshold(problem.dropout_p),

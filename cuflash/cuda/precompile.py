@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TypeAlias
 
@@ -42,6 +43,11 @@ def jobs_of(spec: Spec, target: Target, vector: int = 16, ways: Iterable[dict[st
             for name in tuning.kernels_of(wanted, backward=backward, hopper=hopper):
                 known = tuning.kernel_spec(name, wanted)
                 jobs[name, known, tuning.tile_of(name, known, target.path, vector), target] = None
+    if tuning.has_parts(spec):  # lengths decide whether a call gets these
+        spec = replace(spec, parts=True)
+        for name, rows in product(tuning.kernels_of(spec, backward=False), (tuning.FEW_ROWS, tuning.FEW_ROWS + 1)):
+            known = tuning.kernel_spec(name, spec)
+            jobs[name, known, tuning.tile_of(name, known, target.path, vector, rows=rows), target] = None
     return list(jobs)
 
 

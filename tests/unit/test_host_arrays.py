@@ -447,18 +447,18 @@ def test_streams_wait_for_the_callers(device: _Device) -> None:
 @pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("length", [1, 127, 1000])
+@pytest.mark.parametrize(("length", "kv_len"), [(1, 1), (127, 127), (1000, 1000), (1, 20_000), (60, 3_000)])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a"])
 def test_the_bound_of_the_workspace_holds(
-    arch: str, packed: bool, length: int, dim: int, deterministic: bool, lean: bool
+    arch: str, packed: bool, length: int, kv_len: int, dim: int, deterministic: bool, lean: bool
 ) -> None:
     def signature(*shape: int, dtype: str = "bfloat16") -> arrays.Signature:
         return plans.contiguous(arrays.Signature(shape, (), dtype, "cuda:0", True))
 
-    q = signature(length, 4, dim) if packed else signature(3, length, 4, dim)
+    q, k = (signature(n, 4, dim) if packed else signature(3, n, 4, dim) for n in (length, kv_len))
     ends = signature(4, dtype="int32") if packed else None
-    inputs = (q, q, q, None, None, ends, ends, None, None)
+    inputs = (q, k, k, None, None, ends, ends, None, None)
     options = (False, None, None, None, 0.0, False, deterministic, False, "bshd", None)
     forward = plans.forward(*inputs, *options)
     others = (forward.out, forward.out, forward.lse, None, None, None, None)

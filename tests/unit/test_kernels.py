@@ -86,6 +86,16 @@ def test_plain_and_causal(arch: str, dtype: str) -> None:
 
 
 @pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("arch", ARCHS)
+def test_parts_with_every_option(arch: str) -> None:
+    options = {**EVERYTHING, "packed": False, "dropout": False}
+    dtypes = ("float16",) if arch == "sm_75" else ("bfloat16", "float32")
+    specs = [_spec(dtype, dim, **options) for dtype, dim in product(dtypes, HEAD_DIMS)]
+    jobs = [job for spec in specs for job in jobs_of(spec, Target.named(arch))]
+    _check([job for job in jobs if job[1].parts or job[0] == "forward_combine"])
+
+
+@pytest.mark.usefixtures("compiler")
 def test_other_dims_alignments_and_tf32() -> None:
     target = Target.named("sm_80")
     jobs = jobs_of(_spec("bfloat16", 72, 40, bounded_right=True), target)
