@@ -80,23 +80,30 @@ KERNEL(backward_portable_dkv, TILE.blocks)(ARGUMENT(Params) p) {
         // P^T (in S) and dS^T (in dP)
         const Scores scores(p, sequence.index, head, band.offset);
         const Dropout dropout(p, sequence.index, head);
-        const bool cut = band.cuts(q_first, TILE.rows, kv_first, TILE.cols);
         const float distance = scores.distance(q_first + lane % 4 * 2, kv_first + warp_row + lane / 4);
+        auto differentiate_all = [&](auto masked) {
 #pragma unroll
-        for (int i = 0; i < M; ++i) {
-            Kept<N / 2> kept;
-            if constexpr (SPEC.dropout) dropout.draw_transposed(kept, q_first, kv_first + warp_row + 16 * i);
+            for (int i = 0; i < M; ++i) {
+                Kept<N / 2> kept;
+                if constexpr (SPEC.dropout) dropout.draw_transposed(kept, q_first, kv_first + warp_row + 16 * i);
 #pragma unroll
-            for (int n = 0; n < N; ++n) {
+                for (int n = 0; n < N; ++n) {
 #pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                    const int col = 8 * n + lane % 4 * 2 + r % 2;
-                    const int kv_index = kv_first + warp_row + 16 * i + lane / 4 + r / 2 * 8;
-                    differentiate(S[i][n][r], dP[i][n][r], scores, band, cut, q_first + col, kv_index,
-                                  distance + (8 * n + r % 2 - 16 * i - r / 2 * 8), exponent_reference(lse[col]),
-                                  delta[col], dropout.factor(kept, n, r), dense.addend(col, kv_index - kv_first));
+                    for (int r = 0; r < 4; ++r) {
+                        const int col = 8 * n + lane % 4 * 2 + r % 2;
+                        const int kv_index = kv_first + warp_row + 16 * i + lane / 4 + r / 2 * 8;
+                        differentiate(S[i][n][r], dP[i][n][r], scores, band, masked, q_first + col, kv_index,
+                                      distance + (8 * n + r % 2 - 16 * i - r / 2 * 8), exponent_reference(lse[col]),
+                                      delta[col], dropout.factor(kept, n, r), dense.addend(col, kv_index - kv_first));
+                    }
                 }
             }
+        };
+        const bool cut = band.cuts(q_first, TILE.rows, kv_first, TILE.cols);
+        if (LONG_STAGE || cut) {
+            differentiate_all(cut);
+        } else {  // most tiles need no mask: around the loops, as in them it would be computed
+            differentiate_all(Constant<false>{});
         }
 
         // dV += P^T dO  [keys, head_dim_v]    dK += dS^T Q  [keys, head_dim]

@@ -68,27 +68,34 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Wor
         multiply_nt<DV>(dP, dO_smem + warp_row * row_pitch(DV), V_smem);
 
         // dS times d S / d (scale q.k) (in dP), and with a bias dS (in its tile)
-        const bool cut = band.cuts(q_first, TILE.rows, kv_first, TILE.cols);
         const float distance = scores.distance(q_first + warp_row + lane / 4, kv_first + lane % 4 * 2);
+        auto differentiate_all = [&](auto masked) {
 #pragma unroll
-        for (int i = 0; i < M; ++i) {
-            Kept<N / 2> kept;
-            if constexpr (SPEC.dropout) dropout.draw(kept, q_first + warp_row + 16 * i, kv_first);
+            for (int i = 0; i < M; ++i) {
+                Kept<N / 2> kept;
+                if constexpr (SPEC.dropout) dropout.draw(kept, q_first + warp_row + 16 * i, kv_first);
 #pragma unroll
-            for (int n = 0; n < N; ++n) {
+                for (int n = 0; n < N; ++n) {
 #pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                    const int q_index = q_first + warp_row + 16 * i + lane / 4 + r / 2 * 8;
-                    const int kv_index = kv_first + 8 * n + lane % 4 * 2 + r % 2;
-                    const float ds = differentiate(S[i][n][r], dP[i][n][r], scores, band, cut, q_index, kv_index,
-                                                   distance + (16 * i + r / 2 * 8 - 8 * n - r % 2), reference[i][r / 2],
-                                                   delta[i][r / 2], dropout.factor(kept, n, r),
-                                                   dense.addend(q_index - q_first, kv_index - kv_first));
-                    if constexpr (SPEC.bias) {
-                        if (first_col == 0) dense.gradient(q_index - q_first, kv_index - kv_first) = ds;
+                    for (int r = 0; r < 4; ++r) {
+                        const int q_index = q_first + warp_row + 16 * i + lane / 4 + r / 2 * 8;
+                        const int kv_index = kv_first + 8 * n + lane % 4 * 2 + r % 2;
+                        const float ds = differentiate(S[i][n][r], dP[i][n][r], scores, band, masked, q_index, kv_index,
+                                                       distance + (16 * i + r / 2 * 8 - 8 * n - r % 2),
+                                                       reference[i][r / 2], delta[i][r / 2], dropout.factor(kept, n, r),
+                                                       dense.addend(q_index - q_first, kv_index - kv_first));
+                        if constexpr (SPEC.bias) {
+                            if (first_col == 0) dense.gradient(q_index - q_first, kv_index - kv_first) = ds;
+                        }
                     }
                 }
             }
+        };
+        const bool cut = band.cuts(q_first, TILE.rows, kv_first, TILE.cols);
+        if (LONG_STAGE || cut) {
+            differentiate_all(cut);
+        } else {  // most tiles need no mask: around the loops, as in them it would be computed
+            differentiate_all(Constant<false>{});
         }
 
         if constexpr (SPEC.bias) {

@@ -4,6 +4,9 @@
 #include "mask.cuh"
 #include "scores.cuh"
 
+// Where it is so long that there is no second one without masks.
+constexpr bool LONG_STAGE = SPEC.softcap || SPEC.alibi || SPEC.dropout || DENSE;
+
 // LSE times UNIT, as the point exponentials refer to; 0 for a row that attends to nothing, where S is -inf.
 __device__ __forceinline__ float exponent_reference(float lse) { return lse == MINUS_INFINITY ? 0.0f : lse * UNIT; }
 

@@ -83,6 +83,21 @@ __device__ __forceinline__ void load_rows(unsigned int X_smem, RowOf row_of, int
 // The same of rows that are row_stride apart.
 template <int ROWS, int DIM>
 __device__ __forceinline__ void load_tile(unsigned int X_smem, const Element* X_gmem, long long row_stride, int rows) {
+    constexpr int CHUNKS = padded_dim(DIM) / CHUNK;
+    if constexpr (TILE.vector == 16 && padded_dim(DIM) == DIM && THREADS % CHUNKS == 0) {
+        if (rows >= ROWS) {  // a thread copies one column of chunks, and nothing has to be asked
+            constexpr int STEP = THREADS / CHUNKS;
+            const int first = threadIdx.x / CHUNKS, col = threadIdx.x % CHUNKS * CHUNK;
+            const Element* source = X_gmem + first * row_stride + col;
+            const unsigned int target = X_smem + first * row_pitch(DIM) + col * ELEMENT_BYTES;
+#pragma unroll
+            for (int row = 0; row < ROWS; row += STEP) {
+                if (ROWS % STEP == 0 || first + row < ROWS) copy_async_16(target + row * row_pitch(DIM), source, 16);
+                source += STEP * row_stride;
+            }
+            return;
+        }
+    }
     load_rows<ROWS, DIM>(X_smem, [=](int row) { return X_gmem + row * row_stride; }, rows);
 }
 

@@ -21,6 +21,7 @@ constexpr int M = WARP_ROWS / 16;  // accumulator tiles down
 constexpr int N = TILE.cols / 8;   // and across S
 constexpr int SLICE = padded_dim(DV) / TILE.split;
 constexpr int N_OUT = SLICE / 8;  // and across a slice of O
+constexpr bool LINEAR = !SPEC.softcap && !SPEC.alibi && !DENSE;
 constexpr int Q_BYTES = TILE.rows * row_pitch(D);
 constexpr int KV_BYTES = TILE.stages * TILE.cols * (row_pitch(D) + row_pitch(DV));
 
@@ -65,6 +66,9 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
             if constexpr (SPEC.parts) slope_of[i][half] = Scores(p, sequence.index, head + row % sharing, 0).slope;
         }
     }
+    // q.k becomes an exponent by one multiplication, which is left to the exponential where the factor is positive.
+    const bool by_factor = LINEAR && !(scores.factor > 0.0f);
+    const float unit = LINEAR && !by_factor ? scores.factor : 1.0f;
     float O[M][N_OUT][4] = {};  // [rows, head_dim_v]
     float m[M][2], l[M][2];     // running row maximum of S (times UNIT) and row sum of e^(S - m), this lane's columns
 #pragma unroll
@@ -91,25 +95,30 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
         float S[M][N][4] = {};
         multiply_nt<D>(S, Q_smem + warp_row * row_pitch(D), K_smem);
 
-        // Scale, softcap, ALiBi, bias and masks; S is times UNIT from here on.
+        // Softcap, ALiBi and bias, from where on S is times UNIT; and masks, where the tile is cut.
         const bool cut = band.cuts(q_first, SPEC.parts ? q_last - q_first + 1 : TILE.rows, kv_first, TILE.cols);
+        if (!LINEAR || cut || by_factor) {
 #pragma unroll
-        for (int i = 0; i < M; ++i) {
+            for (int i = 0; i < M; ++i) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int q_index = q_of[i][half], first_key = kv_first + lane % 4 * 2;
-                const float distance = scores.distance(q_index, first_key);
-                Scores of_row = scores;
-                of_row.slope = slope_of[i][half];
+                for (int half = 0; half < 2; ++half) {
+                    const int q_index = q_of[i][half], first_key = kv_first + lane % 4 * 2;
+                    const float distance = scores.distance(q_index, first_key);
+                    Scores of_row = scores;
+                    of_row.slope = slope_of[i][half];
 #pragma unroll
-                for (int n = 0; n < N; ++n) {
+                    for (int n = 0; n < N; ++n) {
 #pragma unroll
-                    for (int r = 2 * half; r < 2 * half + 2; ++r) {
-                        const int col = 8 * n + r % 2;
-                        float derivative;
-                        S[i][n][r] = of_row.exponent(S[i][n][r], distance - col, derivative,
-                                                     dense.addend(q_index - q_first, first_key + col - kv_first));
-                        if (cut && !band.allows(q_index, first_key + col)) S[i][n][r] = MINUS_INFINITY;
+                        for (int r = 2 * half; r < 2 * half + 2; ++r) {
+                            const int col = 8 * n + r % 2;
+                            float derivative;
+                            if (!LINEAR || by_factor) {
+                                S[i][n][r] =
+                                    of_row.exponent(S[i][n][r], distance - col, derivative,
+                                                    dense.addend(q_index - q_first, first_key + col - kv_first));
+                            }
+                            if (cut && !band.allows(q_index, first_key + col)) S[i][n][r] = MINUS_INFINITY;
+                        }
                     }
                 }
             }
@@ -120,11 +129,12 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
         for (int i = 0; i < M; ++i) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float m_new = m[i][half];
+                float largest = MINUS_INFINITY;
 #pragma unroll
-                for (int n = 0; n < N; ++n) m_new = fmaxf(m_new, fmaxf(S[i][n][2 * half], S[i][n][2 * half + 1]));
-                m_new = fmaxf(m_new, __shfl_xor_sync(0xFFFFFFFF, m_new, 1));
-                m_new = fmaxf(m_new, __shfl_xor_sync(0xFFFFFFFF, m_new, 2));
+                for (int n = 0; n < N; ++n) largest = fmaxf(largest, fmaxf(S[i][n][2 * half], S[i][n][2 * half + 1]));
+                largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, 1));
+                largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, 2));
+                const float m_new = fmaxf(m[i][half], largest * unit);
                 const float reference =
                     m_new == MINUS_INFINITY ? 0.0f : m_new;  // a row with no keys yet: e^(-inf - 0) = 0
                 const float rescale = exponential(m[i][half] - reference);
@@ -134,14 +144,16 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                 for (int n = 0; n < N; ++n) {
 #pragma unroll
                     for (int r = 2 * half; r < 2 * half + 2; ++r) {
-                        S[i][n][r] = exponential(S[i][n][r] - reference);
+                        S[i][n][r] = exponential(fmaf(S[i][n][r], unit, -reference));
                         l[i][half] += S[i][n][r];
                     }
                 }
+                if (__any_sync(0xFFFFFFFF, rescale != 1.0f)) {  // after some tiles maxima hardly change
 #pragma unroll
-                for (int n = 0; n < N_OUT; ++n) {
-                    O[i][n][2 * half] *= rescale;
-                    O[i][n][2 * half + 1] *= rescale;
+                    for (int n = 0; n < N_OUT; ++n) {
+                        O[i][n][2 * half] *= rescale;
+                        O[i][n][2 * half + 1] *= rescale;
+                    }
                 }
             }
         }
