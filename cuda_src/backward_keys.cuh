@@ -315,7 +315,7 @@ struct Elementwise {
     __device__ __forceinline__ void probabilities(float (&S)[N][4], unsigned int (&derivatives)[N][2],
                                                   const Scores& scores, const Stage& stage, int q_first,
                                                   bool cut) const {
-        if constexpr (SPEC.softcap) tanh_of_tile(S, scores.factor, scores.cap);
+        if constexpr (SPEC.softcap) tanh_of_tile<false>(S, scores.factor, scores.cap);
         const float distance = scores.distance(q_index(q_first, 0, 0), kv_index(0));
 #pragma unroll
         for (int n = 0; n < N; ++n) {

@@ -20,6 +20,9 @@ __device__ __forceinline__ void multiply_wide(unsigned int& low, unsigned int& h
 
 constexpr unsigned int SIGNS = 0x80008000u;  // of the two halves of a word
 
+// Ones in each half whose sign is set.
+__device__ __forceinline__ unsigned int mask_of(unsigned int word) { return permute_bytes(word, 0, 0xBB99); }
+
 // Which elements of BLOCKS blocks [16, 16] of accumulators are kept, this lane's. Of block j the pair of elements
 // (accumulator tile 2 j + t; r = 2 s, 2 s + 1) has number i = 4 j + 2 s + t: bits i and i + 16, of a word for 4 blocks.
 template <int BLOCKS>
@@ -28,7 +31,7 @@ struct Kept {
 
     // A mask of both elements as they are packed: ones in the half of one that is kept.
     __device__ __forceinline__ unsigned int packed_mask(int tile, int half) const {
-        return permute_bytes(words[tile / 8] << (15 - number(tile, half)), 0, 0xBB99);
+        return mask_of(words[tile / 8] << (15 - number(tile, half)));
     }
 
     __device__ __forceinline__ bool element(int tile, int r) const {
@@ -67,6 +70,23 @@ struct Dropout {
         }
         const auto compared = [&](unsigned int word) { return (word & ~SIGNS) + addend; };
         return make_uint4(compared(x0), compared(x1), compared(x2), compared(x3));
+    }
+
+    // Zeros in the place of dropped elements of P, packed as an operand: rows queries from q_first on, columns keys.
+    template <int BLOCKS>
+    __device__ __forceinline__ void drop(unsigned int (&P)[BLOCKS][4], int q_first, int kv_first) const {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int block = 0; block < BLOCKS; ++block) {
+            const uint4 word = signs(q_first / 2 + lane / 4, kv_first / 4 + 4 * block + lane % 4);
+            unsigned int (&p)[4] = P[block];  // by accumulator tile, then by row; the words the other way
+            p[0] &= mask_of(word.x);
+            p[2] &= mask_of(word.y);
+            p[1] &= mask_of(word.z);
+            p[3] &= mask_of(word.w);
+            // One block after the other, which saves registers.
+            asm volatile("" : "+r"(p[0]), "+r"(p[1]), "+r"(p[2]), "+r"(p[3]));
+        }
     }
 
     // Rows queries from q_first on, columns keys.

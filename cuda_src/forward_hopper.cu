@@ -281,8 +281,8 @@ struct Slope {
     }
 };
 
-// The state of the online softmax of this lane's two rows. It takes S as the product gives it, with softcap the tanh,
-// and the factor of the exponent joins the subtraction of m.
+// The state of the online softmax of this lane's two rows. It takes S as the product gives it, with softcap what stands
+// for the tanh (tanh_of_tile), and the factor of the exponent joins the subtraction of m.
 //
 // A step is right whatever point m the exponentials refer to, as long as P stays in range. So m need not follow the row
 // maximum, and O is rarely rescaled.
@@ -366,10 +366,10 @@ struct Softmax {
     }
 };
 
-// Softcap, as tanh alone, and, where it cuts the tile, the mask of a tile of scores of one warp.
+// Softcap, but for its factor and shift, and, where it cuts the tile, the mask of a tile of scores of one warp.
 __device__ __forceinline__ void finish_scores(float (&S)[N][4], const Scores& scores, const Band& band, bool cut,
                                               int q_first, int kv_first) {
-    if constexpr (SPEC.softcap) tanh_of_tile(S, scores.factor, scores.cap);
+    if constexpr (SPEC.softcap) tanh_of_tile<true>(S, scores.factor, scores.cap);
     if (!cut) return;
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -382,16 +382,6 @@ __device__ __forceinline__ void finish_scores(float (&S)[N][4], const Scores& sc
                 if (!(allowed >> (2 * n + u) & 1)) S[n][2 * half + u] = MINUS_INFINITY;
             }
         }
-    }
-}
-
-// One accumulator tile of P; dropped elements become 0.
-__device__ __forceinline__ void pack_kept(unsigned int (&P)[N / 2][4], int n, const float (&p)[4],
-                                          const Kept<N / 2>& kept) {
-    pack_tile(P, n, p);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        if constexpr (SPEC.dropout) P[n / 2][n % 2 * 2 + half] &= kept.packed_mask(n, half);
     }
 }
 
@@ -428,8 +418,9 @@ __device__ __forceinline__ void finish_softmax(const Params& p, const Task& task
     float* lse_gmem = statistic_rows(p.lse, sequence.batch, sequence.q_start + first, task.head);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        float lse;
-        scale[half] = finish_row(softmax.m[half] * softmax.unit(), row_sum(softmax.l[half]), sink, lse);
+        float lse, m = softmax.m[half] * softmax.unit();
+        if constexpr (SPEC.softcap) m += halved_shift(p.softcap * UNIT);
+        scale[half] = finish_row(m, row_sum(softmax.l[half]), sink, lse);
         if constexpr (SPEC.dropout) scale[half] *= p.dropout_scale;
         const int i = lane / 4 + 8 * half;
         if (p.lse.data != nullptr && lane % 4 == 0 && i < sequence.q_len - first) lse_gmem[i] = lse;
@@ -504,7 +495,7 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
     Ring<> ring;
     Scores scores(p, 0, 0, band.offset);
     Softmax softmax;
-    softmax.factor = SPEC.softcap ? scores.cap : scores.factor;
+    softmax.factor = SPEC.softcap ? halved_factor(scores.cap) : scores.factor;
     Task task;
     TileRange tiles;  // of keys that these rows of the task need
     int after;        // tiles that only the others need, behind those
@@ -560,12 +551,10 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
         if (lane == 0 && tile + 1 == tiles.last) barrier_arrive(smem.Q_empty(q_slot.index));
     };
     auto kv_first = [&] { return tile_of_turn(band, tiles, task.q_first, tile) * TILE.cols; };
-    // Which elements of the tile dropout keeps: random numbers, which need no S and are drawn while it is computed.
-    Kept<N / 2> kept;
-    auto draw = [&] {
+    auto drop = [&](unsigned int (&P)[N / 2][4]) {
         if constexpr (SPEC.dropout) {
             const int q_row = task.q_first - (SPEC.packed ? task.shift : 0) + warp_row;
-            Dropout(p, task.index, task.head).draw(kept, q_row, kv_first());
+            Dropout(p, task.index, task.head).drop(P, q_row, kv_first());
         }
     };
     auto finish = [&] {
@@ -575,7 +564,8 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
     };
     auto pack_into = [&](unsigned int (&P)[N / 2][4]) {
 #pragma unroll
-        for (int n = 0; n < N; ++n) pack_kept(P, n, S[n], kept);
+        for (int n = 0; n < N; ++n) pack_tile(P, n, S[n]);
+        drop(P);
     };
     auto rescale_output = [&] {
 #pragma unroll
@@ -609,7 +599,6 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
         wgmma_fence();
         issue_scores(S, smem.Q(q_slot.index), smem.K(ring.stage));
         turn.pass();
-        draw();
         wgmma_wait<0>();
         pin(S);
         release_scores();
@@ -667,7 +656,6 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
             barrier_wait(smem.V_full(previous.stage), previous.parity);
             wgmma_fence();
             issue_output(O, P_even, smem.V(previous.stage), !first);
-            if (goes_on) draw();
             wgmma_wait<1>();
             pin(S);
             bool moved = false;
@@ -705,7 +693,6 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
                 barrier_wait(smem.V_full(before.stage), before.parity);
                 issue_output(O, P_previous, smem.V(before.stage), true);
                 turn.pass();
-                draw();
                 wgmma_wait<1>();
                 pin(S);
                 if constexpr (!IN_PLACE) release_scores();
@@ -716,17 +703,14 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
                     // comes before the vote keeps it under the product: otherwise ptxas moves the wait before it.
 #pragma unroll 1
                     while (true) {
-                        // It looks new, or the compiler would compute all masks before the loop.
-                        if constexpr (SPEC.dropout) {
-                            for (unsigned int& word : kept.words) asm volatile("" : "+r"(word));
-                        }
-                        softmax.exponentials(S, sum, [&](int n, const float (&x)[4]) { pack_kept(P, n, x, kept); });
+                        softmax.exponentials(S, sum, [&](int n, const float (&x)[4]) { pack_tile(P, n, x); });
                         pin(P);
                         if (softmax.in_range(sum)) break;
                         const bool moved = softmax.follow(S, 0.0f, rescale);
                         grown |= moved;
                         if (!moved) break;
                     }
+                    drop(P);
                 } else {
                     softmax.exponentials(S, sum, in_place);
                     fits = named_barrier_all(1 + GROUPS + warpgroup, 128, softmax.in_range(sum));

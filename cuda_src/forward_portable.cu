@@ -22,6 +22,7 @@ constexpr int N = TILE.cols / 8;   // and across S
 constexpr int SLICE = padded_dim(DV) / TILE.split;
 constexpr int N_OUT = SLICE / 8;  // and across a slice of O
 constexpr bool LINEAR = !SPEC.softcap && !SPEC.alibi && !DENSE;
+static_assert(!SPEC.parts || !(SPEC.packed || SPEC.dropout || DENSE));
 constexpr int Q_BYTES = TILE.rows * row_pitch(D);
 constexpr int KV_BYTES = TILE.stages * TILE.cols * (row_pitch(D) + row_pitch(DV));
 

@@ -47,8 +47,14 @@ __device__ __forceinline__ float tanh_of(float x) {
 
 // X becomes tanh(factor X), for 16-bit types. An absolute error of 2e-7 is nothing in a score of up to `cap`, unless
 // the cap is large.
+//
+// HALVED: where the cap is not large, it becomes (tanh - 1) / 2 = -1 / (1 + e^(2 factor X)), an instruction less. The
+// capped score is then halved_factor(cap) X + halved_shift(cap), of which a softmax needs the factor alone.
 constexpr float LARGE_CAP = 512.0f;
-template <int TILES>
+__device__ __forceinline__ float halved_factor(float cap) { return cap > LARGE_CAP ? cap : 2.0f * cap; }
+__device__ __forceinline__ float halved_shift(float cap) { return cap > LARGE_CAP ? 0.0f : cap; }
+
+template <bool HALVED, int TILES>
 __device__ __forceinline__ void tanh_of_tile(float (&X)[TILES][4], float factor, float cap) {
     if (cap > LARGE_CAP) {  // around the loops: in them both would be computed
 #pragma unroll
@@ -61,7 +67,10 @@ __device__ __forceinline__ void tanh_of_tile(float (&X)[TILES][4], float factor,
 #pragma unroll
         for (int n = 0; n < TILES; ++n) {
 #pragma unroll
-            for (int r = 0; r < 4; ++r) X[n][r] = tanh_by_exponential(factor * X[n][r]);
+            for (int r = 0; r < 4; ++r) {
+                const float x = factor * X[n][r];
+                X[n][r] = HALVED ? reciprocal_approximate(-1.0f - exp2_approximate(x)) : tanh_by_exponential(x);
+            }
         }
     }
 }
