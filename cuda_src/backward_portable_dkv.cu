@@ -81,7 +81,7 @@ KERNEL(backward_portable_dkv, TILE.blocks)(ARGUMENT(Params) p) {
         const Scores scores(p, sequence.index, head, band.offset);
         const Dropout dropout(p, sequence.index, head);
         const float distance = scores.distance(q_first + lane % 4 * 2, kv_first + warp_row + lane / 4);
-        auto differentiate_all = [&](auto masked) {
+        auto differentiate_all = [&](bool masked) {
 #pragma unroll
             for (int i = 0; i < M; ++i) {
                 Kept<N / 2> kept;
@@ -103,7 +103,7 @@ KERNEL(backward_portable_dkv, TILE.blocks)(ARGUMENT(Params) p) {
         if (LONG_STAGE || cut) {
             differentiate_all(cut);
         } else {  // most tiles need no mask: around the loops, as in them it would be computed
-            differentiate_all(Constant<false>{});
+            differentiate_all(false);
         }
 
         // dV += P^T dO  [keys, head_dim_v]    dK += dS^T Q  [keys, head_dim]

@@ -69,7 +69,7 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Wor
 
         // dS times d S / d (scale q.k) (in dP), and with a bias dS (in its tile)
         const float distance = scores.distance(q_first + warp_row + lane / 4, kv_first + lane % 4 * 2);
-        auto differentiate_all = [&](auto masked) {
+        auto differentiate_all = [&](bool masked) {
 #pragma unroll
             for (int i = 0; i < M; ++i) {
                 Kept<N / 2> kept;
@@ -95,7 +95,7 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Wor
         if (LONG_STAGE || cut) {
             differentiate_all(cut);
         } else {  // most tiles need no mask: around the loops, as in them it would be computed
-            differentiate_all(Constant<false>{});
+            differentiate_all(false);
         }
 
         if constexpr (SPEC.bias) {

@@ -57,9 +57,3 @@ constexpr float MINUS_INFINITY = __builtin_bit_cast(float, 0xFF800000u);
 
 __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __device__ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
-
-// A compile-time value as an argument.
-template <auto VALUE>
-struct Constant {
-    __device__ constexpr operator decltype(VALUE)() const { return VALUE; }
-};
