@@ -84,14 +84,12 @@ def cases_on_gpu(items: Iterable[Any]) -> list[tuple[str, Case]]:
 def needed_jobs(case: Case, target: Any) -> list[Any]:
     """The kernels that a case's two calls launch; where this guesses wrong, the call compiles what it needs."""
     from cuflash.cuda.precompile import jobs_of
-    from tests.gpu.compilation import is_of_parts, usual_jobs
+    from tests.gpu.compilation import usual_jobs
 
     way = {"lean": True} if case.memory == "lean" else {"deterministic": case.deterministic}
     if case.strides in ("contiguous", "transposed") and (case.scale is None or case.scale > 0):
-        jobs = usual_jobs(spec_of(case), target, [way], vector_of(case))
-        if case.q_len <= 64 and case.kv_len >= 1024:
-            jobs += [job for job in jobs_of(spec_of(case), target, vector_of(case), [way]) if is_of_parts(job)]
-        return jobs
+        few_queries = case.q_len <= 64 and case.kv_len >= 1024
+        return usual_jobs(spec_of(case), target, [way], vector_of(case), few_queries)
     return jobs_of(spec_of(case), target, vector_of(case), [way])
 
 

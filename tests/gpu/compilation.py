@@ -10,20 +10,23 @@ from cuflash.cuda.toolchain import Target
 from cuflash.spec import Spec
 
 
-def usual_jobs(spec: Spec, target: Target, ways: Iterable[dict[str, bool]] = WAYS, vector: int = 16) -> list[Job]:
+def usual_jobs(
+    spec: Spec,
+    target: Target,
+    ways: Iterable[dict[str, bool]] = WAYS,
+    vector: int = 16,
+    few_queries: bool = False,
+) -> list[Job]:
     """The kernels of calls whose arrays lie as all kernels take them: the portable ones only where no others serve, and
-    none for few queries over many keys."""
-    jobs = [job for job in jobs_of(spec, target, vector, ways) if not is_of_parts(job)]
+    those of few queries over many keys only if asked for."""
+    jobs = jobs_of(spec, target, vector, ways)
+    of_parts = [job for job in jobs if job[0] == "forward_combine" or job[1].parts]
+    jobs = [job for job in jobs if job not in of_parts]
     if target == Target.named("sm_90a"):
         for direction, backward in (("forward", False), ("backward", True)):
             if tuning.has_hopper(spec, backward=backward):
                 jobs = [job for job in jobs if not job[0].startswith(f"{direction}_portable")]
-    return jobs
-
-
-def is_of_parts(job: Job) -> bool:
-    """Whether a kernel serves few queries over many keys alone."""
-    return job[0] == "forward_combine" or job[1].parts
+    return jobs + of_parts * few_queries
 
 
 def compile_first(jobs: Iterable[Job]) -> None:
