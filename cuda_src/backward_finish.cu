@@ -1,12 +1,11 @@
-// Backward, last step of the Hopper kernels: dQ = scale times the sum that backward_hopper.cu left, in the dtype and at
-// the strides of dQ. One thread block a piece [64, 64], which stands in the order of accumulators: float 4 (128 j + t)
-// + r of it is register r of thread t's accumulator tile j, in row 16 (t / 32) + t % 32 / 4 + 8 (r / 2) and column
-// 8 j + 2 (t % 4) + r % 2.
-#include "copy.cuh"
-#include "schedule.cuh"
+// Backward, last step: dQ = scale times the sum that backward_hopper.cu or backward_portable.cu left, in tiles of
+// TILE.rows queries, in the dtype and at the strides of dQ. One thread block a piece [64, 64] of it, which stands in the
+// order of accumulators (query_sum.cuh): register r of lane t of accumulator tile (i, j) is in row 16 i + t / 4 +
+// 8 (r / 2) and column 8 j + 2 (t % 4) + r % 2.
+#include "query_sum.cuh"
 
-constexpr int D = round_up(SPEC.head_dim, 64), PIECE = 64 * 64;
-constexpr int R = 2 * PIECE / D;  // queries a tile of backward_hopper.cu, which makes two pieces of it
+constexpr int D = round_up(SPEC.head_dim, 64);
+constexpr int R = TILE.rows;
 
 // Eight neighbouring columns of one row.
 template <typename Out>
@@ -44,12 +43,14 @@ KERNEL(backward_finish, 0)(ARGUMENT(Params) p) {
         const int quad = threadIdx.x % 32 / 8 + 4 * i;  // four lanes that hold two rows of tile j
         float x[2][8];
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            const float4 sum = sum_gmem[128 * j + 32 * warp + 4 * quad + c];
-            x[0][2 * c] = sum.x * p.scale;
-            x[0][2 * c + 1] = sum.y * p.scale;
-            x[1][2 * c] = sum.z * p.scale;
-            x[1][2 * c + 1] = sum.w * p.scale;
+        for (int c = 0; c < 4; ++c) {  // the four registers of a lane, or one of the four lanes
+            const float4 sum = sum_gmem[128 * j + 32 * warp + (LANES_APART ? 4 * quad + c : quad + 8 * c)];
+            const float four[4] = {sum.x * p.scale, sum.y * p.scale, sum.z * p.scale, sum.w * p.scale};
+#pragma unroll
+            for (int u = 0; u < 4; ++u) {
+                const int lane = LANES_APART ? c : u, r = LANES_APART ? u : c;
+                x[r / 2][2 * lane + r % 2] = four[u];
+            }
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

@@ -397,6 +397,17 @@ __device__ __forceinline__ void store_keys(const Params& p, const Tensor& tensor
 template <int DIM>
 __device__ __forceinline__ void store_no_keys(const Params& p, const Tensor& tensor, bool is_float32, const Work& work,
                                               int kv_row) {
-    const float zeros[round_up(DIM, 64) / 8][4] = {};
-    store_keys<DIM>(p, tensor, is_float32, work, kv_row, zeros, 1.0f);
+    if (p.accumulate) return;
+    const int rows = min(16, work.sequence.kv_len - kv_row);
+    const long long first = work.sequence.batch * tensor.batch_stride +
+                            (work.sequence.kv_start + kv_row) * tensor.row_stride + work.head * tensor.head_stride;
+#pragma unroll 1  // rare, and unrolled it would be long to compile
+    for (int i = threadIdx.x % 32; i < rows * DIM; i += 32) {
+        const long long offset = first + i / DIM * tensor.row_stride + i % DIM;
+        if (is_float32) {
+            static_cast<float*>(tensor.data)[offset] = 0.0f;
+        } else {
+            from_float(static_cast<Element*>(tensor.data)[offset], 0.0f);
+        }
+    }
 }

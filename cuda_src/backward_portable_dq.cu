@@ -106,7 +106,10 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Wor
         }
 
         // dQ += dS K  [rows, head_dim]
-        multiply_nn<D>(dQ, dP, K_smem + first_col * ELEMENT_BYTES);
+        LeftOperand<N> dS[M];
+#pragma unroll
+        for (int i = 0; i < M; ++i) dS[i].set(dP[i]);
+        multiply_nn<D>(dQ, dS, K_smem + first_col * ELEMENT_BYTES);
     }
     copy_async_commit();
     copy_async_wait<0>();

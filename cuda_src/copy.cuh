@@ -9,9 +9,10 @@ __device__ __forceinline__ unsigned int shared_address(const void* pointer) {
 }
 
 #if CUFLASH_ARCH >= 800
-// 16 bytes, of which the first `bytes` are read and the others become zero.
+// 16 bytes, of which the first `bytes` are read and the others become zero. What else is in their 128 bytes is about to
+// be read too.
 __device__ __forceinline__ void copy_async_16(unsigned int smem_address, const void* gmem, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address), "l"(gmem), "r"(bytes));
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem_address), "l"(gmem), "r"(bytes));
 }
 
 // 4 bytes, or zero.

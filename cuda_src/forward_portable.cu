@@ -33,8 +33,11 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     const DenseTile dense{reinterpret_cast<float*>(smem + Q_BYTES + KV_BYTES)};
 
     const int sharing = SPEC.parts ? p.group : 1;  // heads whose rows a tile has
-    const int parts = SPEC.parts ? p.parts : 1, part = blockIdx.x % parts;
-    const Work work = find_work<TILE.rows, false>(p, blockIdx.x / parts, p.q_tiles, p.heads / sharing);
+    // Blocks next to each other have the same keys of different heads, which are neighbours in memory.
+    const int places = SPEC.parts ? p.q_tiles * (p.heads / sharing) * p.batch : 1;
+    const int part = SPEC.parts ? blockIdx.x / places : 0;
+    const Work work =
+        find_work<TILE.rows, false>(p, SPEC.parts ? blockIdx.x % places : blockIdx.x, p.q_tiles, p.heads / sharing);
     if (!work.exists) return;
     const Sequence& sequence = work.sequence;
     const int head = work.head * sharing, kv_head = head / p.group;  // the first head
@@ -49,7 +52,6 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     }
 
     const KeyValueTiles<D, DV> kv(p, sequence, kv_head, KV_smem);
-    auto load_kv = [&](int tile) { kv.load(p, tile, tiles.last); };
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int warp_row = warp / TILE.split * WARP_ROWS, first_col = warp % TILE.split * SLICE;
@@ -78,15 +80,19 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
         l[i][0] = l[i][1] = 0.0f;
     }
 
-    const Element* Q_gmem = head_rows(p.q, sequence.batch, sequence.q_start, head);
-    const auto row_of = [&](int row) {
-        const int of_all = first_row + row;
-        return Q_gmem + of_all / sharing * p.q.row_stride + of_all % sharing * p.q.head_stride;
-    };
-    load_rows<TILE.rows, D>(Q_smem, row_of, rows);
-    for (int stage = 0; stage < TILE.stages - 1; ++stage) load_kv(tiles.first + stage);
+    const Element* Q_gmem = head_rows(p.q, sequence.batch, sequence.q_start + (SPEC.parts ? 0 : first_row), head);
+    if constexpr (SPEC.parts) {
+        const auto row_of = [&](int row) {
+            const int of_all = first_row + row;
+            return Q_gmem + of_all / sharing * p.q.row_stride + of_all % sharing * p.q.head_stride;
+        };
+        load_rows<TILE.rows, D>(Q_smem, row_of, rows);
+    } else {
+        load_tile<TILE.rows, D>(Q_smem, Q_gmem, p.q.row_stride, rows);
+    }
+    kv.begin(p, tiles);
     for (int tile = tiles.first; tile < tiles.last; ++tile) {
-        advance_ring(tile, load_kv);
+        kv.take_K(p, tiles, tile);
         const unsigned int K_smem = kv.K_smem(tile), V_smem = kv.V_smem(tile);
         const int kv_first = tile * TILE.cols;
 
@@ -95,16 +101,16 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
         // S = Q K^T  [rows, cols]
         float S[M][N][4] = {};
         multiply_nt<D>(S, Q_smem + warp_row * row_pitch(D), K_smem);
+        kv.take_V(p, tiles, tile);
 
-        // Softcap, ALiBi and bias, from where on S is times UNIT; and masks, where the tile is cut.
-        const bool cut = band.cuts(q_first, SPEC.parts ? q_last - q_first + 1 : TILE.rows, kv_first, TILE.cols);
-        if (!LINEAR || cut || by_factor) {
+        // Softcap, ALiBi and bias, from where on S is times UNIT.
+        if (!LINEAR || by_factor) {
+            const int first_key = kv_first + lane % 4 * 2;
 #pragma unroll
             for (int i = 0; i < M; ++i) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const int q_index = q_of[i][half], first_key = kv_first + lane % 4 * 2;
-                    const float distance = scores.distance(q_index, first_key);
+                    const float distance = scores.distance(q_of[i][half], first_key);
                     Scores of_row = scores;
                     of_row.slope = slope_of[i][half];
 #pragma unroll
@@ -112,55 +118,61 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
 #pragma unroll
                         for (int r = 2 * half; r < 2 * half + 2; ++r) {
                             const int col = 8 * n + r % 2;
+                            const float addend = dense.addend(q_of[i][half] - q_first, first_key + col - kv_first);
                             float derivative;
-                            if (!LINEAR || by_factor) {
-                                S[i][n][r] =
-                                    of_row.exponent(S[i][n][r], distance - col, derivative,
-                                                    dense.addend(q_index - q_first, first_key + col - kv_first));
-                            }
-                            if (cut && !band.allows(q_index, first_key + col)) S[i][n][r] = MINUS_INFINITY;
+                            S[i][n][r] = of_row.exponent(S[i][n][r], distance - col, derivative, addend);
+                        }
+                    }
+                }
+            }
+        }
+        // Masks, where the tile is cut. (Rows beyond the last query are never looked at.)
+        if (band.cuts(q_first, q_last - q_first + 1, kv_first, TILE.cols)) {
+#pragma unroll
+            for (int i = 0; i < M; ++i) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const ColumnRange allowed = band.columns_of(q_of[i][half], kv_first + lane % 4 * 2);
+#pragma unroll
+                    for (int n = 0; n < N; ++n) {
+#pragma unroll
+                        for (int r = 2 * half; r < 2 * half + 2; ++r) {
+                            if (!allowed.contains(8 * n + r % 2)) S[i][n][r] = MINUS_INFINITY;
                         }
                     }
                 }
             }
         }
 
-        // P = e^(S - m) with the new maximum; O and l follow it.
+        // P = e^(S - m) with the new maximum; O and l follow it. (Maxima and sums of two columns side by side, so that
+        // one does not wait for the other.)
+        LeftOperand<N> P[M];
 #pragma unroll
         for (int i = 0; i < M; ++i) {
+            float reference[2], rescale[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float largest = MINUS_INFINITY;
-#pragma unroll
-                for (int n = 0; n < N; ++n) largest = fmaxf(largest, fmaxf(S[i][n][2 * half], S[i][n][2 * half + 1]));
-                largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, 1));
-                largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, 2));
-                const float m_new = fmaxf(m[i][half], largest * unit);
-                const float reference =
-                    m_new == MINUS_INFINITY ? 0.0f : m_new;  // a row with no keys yet: e^(-inf - 0) = 0
-                const float rescale = exponential(m[i][half] - reference);
-                m[i][half] = m_new;
-                l[i][half] *= rescale;
+                float largest[2] = {MINUS_INFINITY, MINUS_INFINITY};
 #pragma unroll
                 for (int n = 0; n < N; ++n) {
-#pragma unroll
-                    for (int r = 2 * half; r < 2 * half + 2; ++r) {
-                        S[i][n][r] = exponential(fmaf(S[i][n][r], unit, -reference));
-                        l[i][half] += S[i][n][r];
-                    }
+                    largest[0] = fmaxf(largest[0], S[i][n][2 * half]);
+                    largest[1] = fmaxf(largest[1], S[i][n][2 * half + 1]);
                 }
-                if (__any_sync(0xFFFFFFFF, rescale != 1.0f)) {  // after some tiles maxima hardly change
+                const float m_new = fmaxf(m[i][half], row_maximum(fmaxf(largest[0], largest[1])) * unit);
+                reference[half] = m_new == MINUS_INFINITY ? 0.0f : m_new;  // a row with no keys yet: e^(-inf - 0) = 0
+                rescale[half] = exponential(m[i][half] - reference[half]);
+                m[i][half] = m_new;
+            }
+            float sum[4] = {};
 #pragma unroll
-                    for (int n = 0; n < N_OUT; ++n) {
-                        O[i][n][2 * half] *= rescale;
-                        O[i][n][2 * half + 1] *= rescale;
-                    }
+            for (int n = 0; n < N; ++n) {
+#pragma unroll
+                for (int r = 0; r < 4; ++r) {
+                    S[i][n][r] = exponential(fmaf(S[i][n][r], unit, -reference[r / 2]));
+                    sum[r] += S[i][n][r];
                 }
             }
-        }
-        if constexpr (SPEC.dropout) {
-#pragma unroll
-            for (int i = 0; i < M; ++i) {
+            if constexpr (SPEC.dropout) {
                 Kept<N / 2> kept;
                 dropout.draw(kept, q_first + warp_row + 16 * i, kv_first);
 #pragma unroll
@@ -169,10 +181,20 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                     for (int r = 0; r < 4; ++r) S[i][n][r] *= dropout.factor(kept, n, r);
                 }
             }
+            P[i].set(S[i]);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) l[i][half] = l[i][half] * rescale[half] + (sum[2 * half] + sum[2 * half + 1]);
+            if (__any_sync(0xFFFFFFFF, rescale[0] != 1.0f || rescale[1] != 1.0f)) {  // later maxima hardly change
+#pragma unroll
+                for (int n = 0; n < N_OUT; ++n) {
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) O[i][n][r] *= rescale[r / 2];
+                }
+            }
         }
 
         // O += P V  [rows, head_dim_v]
-        multiply_nn<DV>(O, S, V_smem + first_col * ELEMENT_BYTES);
+        multiply_nn<DV>(O, P, V_smem + first_col * ELEMENT_BYTES);
     }
     copy_async_commit();
     copy_async_wait<0>();
@@ -191,7 +213,7 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                 }
             }
             const int row = warp_row + 16 * i;
-            store_accumulators<DV>(partial.O + partial.place(first_row + row, part) * DV, parts * DV, rows - row,
+            store_accumulators<DV>(partial.O + partial.place(first_row + row, part) * DV, p.parts * DV, rows - row,
                                    first_col, O[i], as_it_is, false);
         }
         return;

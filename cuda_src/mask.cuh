@@ -10,6 +10,13 @@ __device__ __forceinline__ unsigned int columns_before(int limit) {
     return __funnelshift_lc(0xFFFFFFFF, 0, count);  // ones in the `count` lowest bits, of 32 at most
 }
 
+// Columns [first, last), counted from one of a lane's own.
+struct ColumnRange {
+    int first, last;
+
+    __device__ __forceinline__ bool contains(int col) const { return (!SPEC.bounded_left || col >= first) && col < last; }
+};
+
 struct Band {
     int left, right;
     int q_len, kv_len;
@@ -48,6 +55,13 @@ struct Band {
         unsigned int allowed = q_index < q_len ? columns_before(stop - kv_index) : 0;
         if constexpr (SPEC.bounded_left) allowed &= ~columns_before(position - left - kv_index);
         return allowed;
+    }
+
+    // The same as a range, counted from kv_index; q_index may lie beyond the last query.
+    __device__ __forceinline__ ColumnRange columns_of(int q_index, int kv_index) const {
+        const int position = q_index + offset;
+        const int stop = SPEC.bounded_right ? min(kv_len, position + right + 1) : kv_len;
+        return ColumnRange{position - left - kv_index, stop - kv_index};
     }
 
     __device__ __forceinline__ bool allows(int q_index, int kv_index) const {

@@ -17,18 +17,20 @@ constexpr int STEPS_UNROLLED = IS_FLOAT32 ? 1 : 4;  // more only makes the code 
 __device__ constexpr int padded_dim(int dim) { return round_up(dim, 16 * TILE.split); }
 __device__ constexpr int row_pitch(int dim) { return padded_dim(dim) * ELEMENT_BYTES + 16; }
 
-// An operand of one step: for float32 split into two TF32 terms, x = hi + lo, which keep 23 of its 24 bits. (An
-// infinity becomes NaN: inf - inf.)
+// An operand of one step: for float32 split into two TF32 terms, x = hi + lo, which keep 23 of its 24 bits. hi is x
+// rounded to nearest, whose carry may run into the exponent, and tensor cores ignore the last 13 bits of lo. (A NaN
+// stays one in lo; an infinity becomes one: inf - inf.)
 template <int REGISTERS>
 struct Fragment {
     unsigned int hi[REGISTERS];
     unsigned int lo[REGISTERS];  // unused unless THREE_TERMS
 
     __device__ __forceinline__ void set(int i, unsigned int raw) {
-        if constexpr (IS_FLOAT32) {
-            const float x = __uint_as_float(raw);
-            hi[i] = round_to_tf32(x);
-            if constexpr (THREE_TERMS) lo[i] = round_to_tf32(x - __uint_as_float(hi[i]));
+        if constexpr (THREE_TERMS) {
+            hi[i] = raw + 0x1000 & 0xFFFFE000;
+            lo[i] = __float_as_uint(__uint_as_float(raw) - __uint_as_float(hi[i]));
+        } else if constexpr (IS_FLOAT32) {
+            hi[i] = round_to_tf32(__uint_as_float(raw));
         } else {
             hi[i] = raw;
         }
@@ -63,14 +65,14 @@ __device__ __forceinline__ void multiply_add(float (&acc)[4], const Fragment<4>&
 }
 
 // acc [16 M, 8 N] += A [16 M, DIM] B [8 N, DIM]^T; rows in shared memory from the given addresses on.
-template <int DIM, int M, int N>
+template <int DIM, int UNROLLED = STEPS_UNROLLED, int M, int N>
 __device__ __forceinline__ void multiply_nt(float (&acc)[M][N][4], unsigned int a_smem, unsigned int b_smem) {
     static_assert(N % 2 == 0);
     constexpr int PITCH = row_pitch(DIM);
     const int lane = threadIdx.x % 32;
     const unsigned int a_lane = a_smem + (lane % 16) * PITCH + (lane / 16) * 16;
     const unsigned int b_lane = b_smem + (lane % 8 + lane / 16 * 8) * PITCH + (lane / 8 % 2) * 16;
-#pragma unroll STEPS_UNROLLED
+#pragma unroll UNROLLED
     for (int step = 0; step < padded_dim(DIM) / K_STEP; ++step) {
         Fragment<4> a[M];
 #pragma unroll
@@ -96,34 +98,55 @@ __device__ __forceinline__ void multiply_nt(float (&acc)[M][N][4], unsigned int 
     }
 }
 
-// Step `step` of a product whose left operand is P: accumulators of 16 columns for 16-bit types, of 8 for float32.
+// P [16, 8 K] as a left operand: packed for 16-bit types, 16 columns a step; for float32, 8 columns a step, as it is.
 template <int K>
-__device__ __forceinline__ Fragment<4> accumulators_as_operand(const float (&p)[K][4], int step) {
-    Fragment<4> a;
-    if constexpr (IS_FLOAT32) {  // contraction index t is column 2 t, and t + 4 is column 2 t + 1
-        a.set(0, __float_as_uint(p[step][0]));
-        a.set(1, __float_as_uint(p[step][2]));
-        a.set(2, __float_as_uint(p[step][1]));
-        a.set(3, __float_as_uint(p[step][3]));
-    } else {
-        a.set(0, pack(p[2 * step][0], p[2 * step][1]));
-        a.set(1, pack(p[2 * step][2], p[2 * step][3]));
-        a.set(2, pack(p[2 * step + 1][0], p[2 * step + 1][1]));
-        a.set(3, pack(p[2 * step + 1][2], p[2 * step + 1][3]));
+struct LeftOperand {
+    unsigned int raw[8 * K / K_STEP][4];
+
+    // Rows l/4 (half 0) or l/4 + 8 of lane l, from accumulators.
+    __device__ __forceinline__ void set(int half, const float (&p)[K][4]) {
+#pragma unroll
+        for (int n = 0; n < K; ++n) {
+            if constexpr (IS_FLOAT32) {  // contraction index t is column 2 t, and t + 4 is column 2 t + 1
+                raw[n][half] = __float_as_uint(p[n][2 * half]);
+                raw[n][2 + half] = __float_as_uint(p[n][2 * half + 1]);
+            } else {
+                unsigned int& word = raw[n / 2][n % 2 * 2 + half];
+                word = pack(p[n][2 * half], p[n][2 * half + 1]);
+                asm volatile("" : "+r"(word));  // now: the registers of a row are needed for the next
+            }
+        }
     }
-    return a;
-}
+
+    __device__ __forceinline__ void set(const float (&p)[K][4]) {
+        set(0, p);
+        set(1, p);
+    }
+
+    // Register r of accumulator tile n, as it was rounded to a 16-bit type.
+    __device__ __forceinline__ float element(int n, int r) const {
+        const float2 pair = unpack(raw[n / 2][n % 2 * 2 + r / 2]);
+        return r % 2 ? pair.y : pair.x;
+    }
+
+    __device__ __forceinline__ Fragment<4> step(int i) const {
+        Fragment<4> a;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) a.set(j, raw[i][j]);
+        return a;
+    }
+};
 
 // acc [16 M, 8 N] += P [16 M, 8 K] B [8 K, 8 N]; B's rows of DIM elements in shared memory, from the given address on.
 template <int DIM, int M, int K, int N>
-__device__ __forceinline__ void multiply_nn(float (&acc)[M][N][4], const float (&p)[M][K][4], unsigned int b_smem) {
+__device__ __forceinline__ void multiply_nn(float (&acc)[M][N][4], const LeftOperand<K> (&p)[M], unsigned int b_smem) {
     constexpr int PITCH = row_pitch(DIM);
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int step = 0; step < 8 * K / K_STEP; ++step) {
         Fragment<4> a[M];
 #pragma unroll
-        for (int m = 0; m < M; ++m) a[m] = accumulators_as_operand(p[m], step);
+        for (int m = 0; m < M; ++m) a[m] = p[m].step(step);
         if constexpr (IS_FLOAT32) {  // rows 2 t and 2 t + 1, column of the lane's group
             const unsigned int b_lane = b_smem + (8 * step + 2 * (lane % 4)) * PITCH + (lane / 4) * 4;
 #pragma unroll
@@ -149,6 +172,43 @@ __device__ __forceinline__ void multiply_nn(float (&acc)[M][N][4], const float (
 #pragma unroll
                     for (int m = 0; m < M; ++m) multiply_add<false>(acc[m][n + half], a[m], b);
                 }
+            }
+        }
+    }
+}
+
+// acc [16 M, 8 N] += A [16 M, 16 STEPS] B [16 STEPS, 8 N], of 16-bit types, both operands in shared memory: A's rows, or
+// TRANSPOSED its columns, A_PITCH bytes apart, B's rows of DIM elements as above.
+template <int DIM, int STEPS, int A_PITCH, bool TRANSPOSED, int M, int N>
+__device__ __forceinline__ void multiply_stored(float (&acc)[M][N][4], unsigned int a_smem, unsigned int b_smem) {
+    static_assert(!IS_FLOAT32 && N % 2 == 0);
+    constexpr int PITCH = row_pitch(DIM);
+    const int lane = threadIdx.x % 32;
+    const unsigned int a_lane = TRANSPOSED ? a_smem + (lane % 8 + lane / 16 * 8) * A_PITCH + (lane / 8 % 2) * 16
+                                           : a_smem + (lane % 16) * A_PITCH + (lane / 16) * 16;
+    const unsigned int b_lane = b_smem + (lane % 16) * PITCH + (lane / 16) * 16;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        Fragment<4> a[M];
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            if constexpr (TRANSPOSED) {
+                load_matrix_x4_transposed(a[m].hi, a_lane + step * 16 * A_PITCH + m * 32);
+            } else {
+                load_matrix_x4(a[m].hi, a_lane + m * 16 * A_PITCH + step * 32);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            unsigned int raw[4];
+            load_matrix_x4_transposed(raw, b_lane + step * 16 * PITCH + n * 16);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                Fragment<2> b;
+                b.set(0, raw[2 * half]);
+                b.set(1, raw[2 * half + 1]);
+#pragma unroll
+                for (int m = 0; m < M; ++m) multiply_add<false>(acc[m][n + half], a[m], b);
             }
         }
     }

@@ -21,6 +21,12 @@ __device__ __forceinline__ float reciprocal(float x) {
     }
 }
 
+// The largest of a row of accumulators from that of this lane's part of it.
+__device__ __forceinline__ float row_maximum(float m) {
+    m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFF, m, 1));
+    return fmaxf(m, __shfl_xor_sync(0xFFFFFFFF, m, 2));
+}
+
 // The row sum of accumulators from this lane's part of it.
 __device__ __forceinline__ float row_sum(float l) {
     l += __shfl_xor_sync(0xFFFFFFFF, l, 1);

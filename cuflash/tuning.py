@@ -45,13 +45,13 @@ _PORTABLE = {
         192: ((64, 32, 1, 8, 2, 0), (32, 16, 1, 4, 2, 0)),
         256: ((64, 32, 1, 8, 2, 0), (32, 16, 1, 4, 2, 0)),
     },
-    ("backward_portable_dkv", 2): {
+    ("backward_portable", 2): {
         64: ((64, 64, 2, 4, 1, 1), (64, 64, 1, 4, 1, 1)),
         128: ((32, 128, 2, 8, 1, 1), (32, 64, 2, 4, 1, 1), (16, 64, 1, 4, 1, 1)),
         192: ((32, 64, 1, 8, 2, 1), (16, 32, 1, 4, 2, 1)),
         256: ((32, 64, 1, 8, 2, 1), (16, 64, 1, 8, 2, 1), (16, 32, 1, 4, 2, 1)),
     },
-    ("backward_portable_dkv", 4): {
+    ("backward_portable", 4): {
         64: ((32, 64, 2, 4, 1, 0),),
         128: ((16, 64, 2, 8, 2, 0), (16, 64, 1, 8, 2, 1)),
         192: ((16, 32, 1, 8, 4, 1),),
@@ -70,25 +70,30 @@ _PORTABLE = {
         256: ((64, 16, 1, 8, 2, 1), (32, 16, 1, 4, 2, 1)),
     },
 }
+# Tiles of backward_portable where it sums dQ too: multiples of 64 rows. A warp keeps its keys' slices of dK and dV,
+# and 32 rows of dQ for one product.
+_SUMS_DQ = {
+    64: ((128, 128, 1, 8, 2, 1), (64, 64, 1, 4, 1, 1)),
+    128: ((64, 128, 1, 8, 2, 1), (64, 64, 1, 8, 2, 1)),
+    256: ((64, 64, 1, 8, 4, 1),),
+}
 # Where thread blocks share the keys: 16 rows, those of few queries and a group's heads, so the warps share them all.
-# What counts is that many bytes are on their way: two or three thread blocks a multiprocessor, each with a ring. The
+# What counts is that many bytes are on their way: several thread blocks a multiprocessor, each with one K or V. The
 # first that fits twice is taken.
 _PARTS = {
     2: {
-        64: ((16, 128, 2, 4, 4, 1), (16, 64, 2, 4, 4, 1), (16, 32, 2, 4, 4, 1), (16, 32, 1, 4, 4, 1)),
-        128: ((16, 64, 2, 4, 4, 1), (16, 32, 2, 4, 4, 1), (16, 16, 2, 4, 4, 1), (16, 16, 1, 4, 4, 1)),
-        256: ((16, 32, 2, 4, 4, 1), (16, 16, 2, 4, 4, 1), (16, 16, 1, 4, 4, 1)),
+        64: ((16, 128, 1, 4, 4, 1), (16, 64, 1, 4, 4, 1)),
+        128: ((16, 64, 1, 4, 4, 1), (16, 32, 1, 4, 4, 1)),
+        256: ((16, 32, 1, 4, 4, 1), (16, 16, 1, 4, 4, 1)),
     },
     4: {
-        64: ((16, 64, 2, 4, 4, 1), (16, 32, 2, 4, 4, 1)),
-        128: ((16, 32, 2, 4, 4, 1), (16, 16, 2, 4, 4, 1)),
-        256: ((16, 16, 2, 4, 4, 1),),
+        64: ((16, 64, 1, 4, 4, 1), (16, 32, 1, 4, 4, 1)),
+        128: ((16, 32, 1, 4, 4, 1), (16, 16, 1, 4, 4, 1)),
+        256: ((16, 16, 1, 4, 4, 1),),
     },
 }
 FEW_ROWS = 16  # queries times heads of a group, up to which these tiles serve
 MOST_PARTS = 128  # a thread of forward_combine each
-# 32 rows a warp instead of 16 halve the reads of K and V; the registers suffice where the score stage is short.
-_PLAIN = {("forward_portable", 2, 64): (128, 64, 2, 4, 1, 1)}
 # With a bias or a mask a tile of it takes shared memory, and the score stage registers, as dropout and several options
 # do: in place of those above.
 _WITH_DENSE = {
@@ -99,10 +104,10 @@ _WITH_DENSE = {
     ("forward_portable", 4, 128): ((128, 16, 2, 8, 1, 0), (64, 32, 1, 4, 1, 0)),
     ("forward_portable", 4, 192): ((64, 16, 1, 8, 2, 1), (32, 16, 1, 4, 2, 1)),
     ("forward_portable", 4, 256): ((32, 16, 1, 8, 4, 1),),
-    ("backward_portable_dkv", 2, 64): ((64, 64, 2, 4, 1, 1), (32, 64, 1, 4, 1, 1)),
-    ("backward_portable_dkv", 4, 64): ((16, 64, 2, 4, 1, 1),),
-    ("backward_portable_dkv", 4, 128): ((16, 64, 2, 8, 2, 1), (16, 64, 1, 8, 2, 1)),
-    ("backward_portable_dkv", 4, 256): ((16, 32, 1, 8, 4, 1), (16, 16, 1, 4, 4, 1)),
+    ("backward_portable", 2, 64): ((64, 64, 2, 4, 1, 1), (32, 64, 1, 4, 1, 1)),
+    ("backward_portable", 4, 64): ((16, 64, 2, 4, 1, 1),),
+    ("backward_portable", 4, 128): ((16, 64, 2, 8, 2, 1), (16, 64, 1, 8, 2, 1)),
+    ("backward_portable", 4, 256): ((16, 32, 1, 8, 4, 1), (16, 16, 1, 4, 4, 1)),
     ("backward_portable_dq", 2, 64): ((64, 32, 2, 4, 1, 1), (64, 32, 1, 4, 1, 1)),
     ("backward_portable_dq", 2, 128): ((64, 32, 2, 4, 1, 1), (64, 32, 1, 4, 1, 1)),
     ("backward_portable_dq", 2, 192): ((64, 32, 1, 8, 2, 1), (32, 32, 1, 4, 2, 1), (32, 16, 1, 8, 4, 1)),
@@ -146,10 +151,11 @@ _HOPPER_BACKWARD = {
 _FIXED = {
     "backward_prepare": Tile(rows=4, cols=1, warps=8),
     "backward_sinks": Tile(rows=1, cols=1, warps=8),
-    "backward_finish": Tile(rows=64, cols=64, warps=4),
+    "backward_finish": Tile(rows=64, cols=64, warps=4),  # rows: those of the kernel that adds to the sum of dQ
     "backward_bias": Tile(rows=1, cols=1, warps=8),
     "forward_combine": Tile(rows=1, cols=MOST_PARTS, warps=MOST_PARTS // 32),
 }
+PIECE = 64  # rows and columns of a piece of dq_sum
 _LIST_WARPS = 32  # of the kernels that list tasks
 _DENSE = ("bias", "mask")
 _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, head_dim_v and packed
@@ -166,7 +172,10 @@ _RELEVANT = {  # what the code of a kernel depends on, beside dtype, head_dim, h
     ),
     "forward_combine": ("sinks",),
     "forward_hopper": ("bounded_left", "bounded_right", "softcap", "alibi", "sinks", "dropout"),
-    "backward_portable_dkv": ("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "allow_tf32", *_DENSE),
+    "backward_portable": (
+        *("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "lean", "allow_tf32"),
+        *_DENSE,
+    ),
     "backward_portable_dq": (
         *("bounded_left", "bounded_right", "softcap", "alibi", "dropout", "deterministic", "allow_tf32"),
         *_DENSE,
@@ -206,8 +215,16 @@ def check_supported(spec: Spec, path: int) -> None:
             raise UnsupportedError(f"{name}: got head_dim {dim}; the kernels go to {MAX_HEAD_DIM}: pass NumPy arrays")
 
 
+def served(spec: Spec, path: int, shared_limit: int | None = None) -> Spec:
+    """The Spec of a backward as the portable kernels serve it: lean where they do not sum dQ."""
+    sums = not (spec.lean or spec.deterministic or spec.bias or spec.mask or spec.dtype == "float32")
+    sums = sums and _score_options(spec) == 0 and _sums_dq_tile(spec, path, shared_limit) is not None
+    return spec if sums else replace(spec, lean=True)
+
+
 def kernels_of(spec: Spec, *, backward: bool, hopper: bool = False) -> tuple[str, ...]:
-    """The kernels that one call launches, in order; `hopper` where the Hopper kernels serve it."""
+    """The kernels that one call launches, in order; `hopper` where the Hopper kernels serve it, else `spec` is that of
+    `served`."""
     if not backward:
         if spec.parts:
             return ("forward_portable", "forward_combine")
@@ -217,7 +234,7 @@ def kernels_of(spec: Spec, *, backward: bool, hopper: bool = False) -> tuple[str
     first = ("backward_prepare", "backward_sinks") if spec.sinks else ("backward_prepare",)
     if not hopper:
         last = ("backward_bias",) if spec.bias else ()  # where the bias is broadcast
-        return (*first, "backward_portable_dkv", "backward_portable_dq", *last)
+        return (*first, "backward_portable", "backward_portable_dq" if spec.lean else "backward_finish", *last)
     if spec.packed:
         first += ("backward_list",)
     return (*first, _of_keys(spec), "backward_hopper_dq" if _dq_alone(spec) else "backward_finish")
@@ -325,8 +342,67 @@ def tile_of(
     return _portable_tile(kernel, spec, path, vector, shared_limit, spec.parts and rows <= FEW_ROWS)
 
 
+def tiles_of(
+    kernels: tuple[str, ...], spec: Spec, path: int, vector: int, shared_limit: int | None = None, rows: int = FEW_ROWS
+) -> dict[str, Tile]:
+    """The tiles of the kernels of one call, by name; arguments as for `tile_of`."""
+    tiles = {
+        name: tile_of(name, kernel_spec(name, spec), path, vector, shared_limit, rows) for name in kernels
+    }
+    if "backward_finish" in tiles:
+        adds = next(name for name in ("backward_hopper", "backward_portable") if name in tiles)
+        tiles["backward_finish"] = replace(tiles["backward_finish"], rows=tiles[adds].rows)
+    return tiles
+
+
+def _short_forward_tiles(spec: Spec, path: int, element_bytes: int, reach: int) -> tuple[tuple[int, ...], ...]:
+    """The tile of a portable forward with a short score stage, from sm_80 on, to be taken before those of the table.
+
+    32 rows a warp instead of 16 halve the reads of K and V; how many keys find their registers beside them depends on
+    what else takes some.
+    """
+    if path < 800 or reach > 128:
+        return ()
+    left = spec.bounded_left
+    if element_bytes == 2 and reach == 64:
+        return ((128, 64 if left else 112, 1, 4, 1, 1),)
+    if element_bytes == 2:
+        return ((128, 64 if not left and (spec.bounded_right or spec.packed) else 80, 1, 4, 1, 1),)
+    if reach == 64:
+        crowded = left or spec.packed or spec.sinks or path >= 1000
+        return ((64, 32, 1, 4, 1, 1) if crowded else (128, 32, 2, 4, 1, 1),)
+    return ((64, 16 if left else 32, 1, 4, 1, 1),)
+
+
+def _sums_dq_tile(spec: Spec, path: int, shared_limit: int | None) -> Tile | None:
+    """The tile of backward_portable where it sums dQ, if one fits."""
+    spec = kernel_spec("backward_portable", replace(spec, lean=False))
+    reach = next(dim for dim in _SUMS_DQ if max(spec.head_dim, spec.head_dim_v) <= dim)
+    tiles = _SUMS_DQ[reach]
+    if spec.packed:  # where a sequence lies takes registers
+        tiles = tiles[-1:]
+    for rows, cols, stages, warps, split, blocks in tiles:
+        tile = Tile(rows=rows, cols=cols, stages=stages, warps=warps, split=split, blocks=blocks)
+        if path < 800 and stages > 1:
+            continue
+        if shared_bytes("backward_portable", spec, tile) <= _shared_limit(path, shared_limit):
+            return tile
+    return None
+
+
+def _shared_limit(path: int, shared_limit: int | None) -> int:
+    """Bytes of shared memory a thread block may have."""
+    limit = SHARED_MEMORY.get(path, min(SHARED_MEMORY.values()))
+    return limit if shared_limit is None else min(limit, shared_limit)
+
+
 def _portable_tile(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int | None, few_rows: bool) -> Tile:
     """The tile of one of the portable kernels."""
+    if kernel == "backward_portable" and not spec.lean:
+        tile = _sums_dq_tile(spec, path, shared_limit)
+        if tile is None:
+            raise UnsupportedError(f"no tile of {kernel} that sums dQ: {spec}")
+        return replace(tile, vector=vector)
     element_bytes = 4 if spec.dtype == "float32" else 2
     table = _PARTS[element_bytes] if few_rows else _PORTABLE[kernel, element_bytes]
     reach = next(dim for dim in table if max(spec.head_dim, spec.head_dim_v) <= dim)
@@ -336,11 +412,9 @@ def _portable_tile(kernel: str, spec: Spec, path: int, vector: int, shared_limit
         candidates = _WITH_DENSE.get((kernel, element_bytes, reach), candidates)
         if dense and spec.deterministic:  # the loop over all that is summed in order takes registers too
             candidates = candidates[-1:]
-    limit = SHARED_MEMORY.get(path, min(SHARED_MEMORY.values()))
-    if shared_limit is not None:
-        limit = min(limit, shared_limit)
-    if not _long_score_stage(spec) and not spec.parts and (kernel, element_bytes, reach) in _PLAIN:
-        candidates = (_PLAIN[kernel, element_bytes, reach], *candidates)
+    limit = _shared_limit(path, shared_limit)
+    if kernel == "forward_portable" and not _long_score_stage(spec) and not spec.parts:
+        candidates = (*_short_forward_tiles(spec, path, element_bytes, reach), *candidates)
     for rows, cols, stages, warps, split, blocks in candidates:
         if stages > 1 and path < 800:
             continue  # without asynchronous copies there is nothing to keep in flight
@@ -386,8 +460,9 @@ def shared_bytes(kernel: str, spec: Spec, tile: Tile) -> int:
     q_row, kv_row = pitch(spec.head_dim), pitch(spec.head_dim) + pitch(spec.head_dim_v)
     if kernel == "forward_portable":
         return tile.rows * q_row + tile.stages * tile.cols * kv_row + dense
-    if kernel == "backward_portable_dkv":
-        return tile.cols * kv_row + tile.stages * tile.rows * (kv_row + 8) + dense  # 8: LSE and D
+    if kernel == "backward_portable":
+        scores = 0 if spec.lean else tile.cols * (tile.rows * element_bytes + 16) * min(tile.split, 2)  # dS, and P
+        return tile.cols * kv_row + tile.stages * tile.rows * (kv_row + 8) + scores + dense  # 8: LSE and D
     if kernel == "backward_portable_dq":
         return tile.rows * kv_row + tile.stages * tile.cols * kv_row + dense * (2 if tile.split > 1 else 1)
     return 0

@@ -372,7 +372,7 @@ def test_doctor_shows_the_kernel_and_tile_of_common_problems(
         spec = Spec(dtype=dtype, head_dim=dim, head_dim_v=dim, bounded_right=True)
         for backward, name, otherwise in (
             (False, "forward_hopper ", "forward_portable "),
-            (True, "backward_hopper", "backward_portable_dkv "),
+            (True, "backward_hopper", "backward_portable "),
         ):
             hopper = cuflash.tuning.has_hopper(spec, backward=backward)
             assert [name in row, otherwise in row] == [hopper, not hopper]
@@ -511,7 +511,7 @@ def test_compile_with_options_makes_every_combination(asked: list[Job]) -> None:
     assert sum(not spec.parts for spec, _ in forward) == 2 * 3 * 2 * 2
     # Sinks are added to parts of the keys by a kernel behind; there are two tiles, for few rows and for more.
     assert sum(spec.parts for spec, _ in forward) == 2 * 3 * 2 * 2
-    assert {name for name, *_ in asked} >= {"backward_sinks", "backward_portable_dq", "backward_portable_dkv"}
+    assert {name for name, *_ in asked} >= {"backward_sinks", "backward_portable_dq", "backward_portable"}
 
 
 def test_compile_is_for_the_gpus_of_this_machine(asked: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ _ACCESS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "forward_hopper": ((*_FORWARD, "tickets", "tasks"), ("out", "lse", "tickets")),
     "backward_prepare": (("out", "dout", "dlse"), ("delta", "tickets")),
     "backward_sinks": (("lse", "sinks", "cu_seqlens_q", "cu_seqlens_k", "delta"), ("dsinks",)),
-    "backward_portable_dkv": (_BACKWARD, ("dk", "dv")),
+    "backward_portable": (_BACKWARD, ("dk", "dv", "dq_sum")),
     "backward_portable_dq": (_BACKWARD, ("dq", "dbias", "dbias_sum")),  # one of the last two
     "backward_list": (("cu_seqlens_q", "cu_seqlens_k"), ("tasks",)),
     "backward_hopper": ((*_BACKWARD, "tickets", "tasks"), ("dk", "dv", "tickets", "dq_sum", "dq_turns")),

@@ -39,7 +39,7 @@ _FEW_QUERIES = 64  # up to so many, of long sequences, thread blocks share the k
 _MANY_KEYS = 1024  # that are visited: so many at least
 _PART_TILES = 4  # of a part of the keys, at least
 _FEWEST_COLS = 16  # of a tile
-_NEARLY = 0.9
+_NEARLY = 0.96
 _MOST_BLOCKS = 3  # on a multiprocessor: as many as registers allow
 _MOST_MULTIPROCESSORS = 256  # of any GPU
 _SHARED_OF_MULTIPROCESSOR = {750: 65_536, 800: 167_936, 860: 102_400, 870: 167_936, 890: 102_400, 1200: 102_400}
@@ -312,11 +312,12 @@ def steps(
     hopper = aligned and _takes_hopper(problem, target, layouts, backward)
     spec = replace(_spec_of(problem, layouts, lean), parts=not backward and _takes_parts(problem, machine))
     vector = _vector(problem.spec, layouts) if aligned else _element_bytes(problem.spec)
+    if backward and not hopper:
+        nothing = problem.kv_len == 0  # nobody would write to a sum of dQ
+        spec = tuning.served(replace(spec, lean=spec.lean or nothing), target.path, machine.shared_limit)
     rows = problem.q_len * problem.group if spec.parts else problem.q_len
-    tiles = {}
-    for name in tuning.kernels_of(spec, backward=backward, hopper=hopper):
-        known = tuning.kernel_spec(name, spec)
-        tiles[name] = tuning.tile_of(name, known, target.path, vector, machine.shared_limit, rows)
+    names = tuning.kernels_of(spec, backward=backward, hopper=hopper)
+    tiles = tuning.tiles_of(names, spec, target.path, vector, machine.shared_limit, rows)
     division = _divide(problem, spec, tiles["forward_portable"], machine) if spec.parts else _WHOLE
     launches = []
     for name, tile in tiles.items():
@@ -367,8 +368,8 @@ def _spec_of(problem: Problem, layouts: Layouts, lean: bool) -> Spec:
 def _piece_rows(problem: Problem, tiles: dict[str, Tile]) -> int:
     """Into how many rows of pieces of dq_sum the queries of a head are cut: their tiles are those of the kernel that
     adds to it."""
-    rows = tiles["backward_hopper"].rows
-    return _tiles(problem, problem.q_len, rows) * rows // tiles["backward_finish"].rows
+    rows = tiles["backward_finish"].rows
+    return _tiles(problem, problem.q_len, rows) * rows // tuning.PIECE
 
 
 def _workspace(
@@ -387,10 +388,9 @@ def _workspace(
     if "backward_list" in tiles:
         sizes["tasks"] = _list_bytes(problem, _tiles(problem, problem.kv_len, tiles["backward_list"].cols))
     if "backward_finish" in tiles:
-        piece = tiles["backward_finish"]
         batch = 1 if spec.packed else problem.batch
-        pieces = batch * problem.heads * _piece_rows(problem, tiles) * -(-spec.head_dim // piece.cols)
-        sizes["dq_sum"] = 4 * pieces * piece.rows * piece.cols
+        pieces = batch * problem.heads * _piece_rows(problem, tiles) * -(-spec.head_dim // tuning.PIECE)
+        sizes["dq_sum"] = 4 * pieces * tuning.PIECE**2
         sizes["dq_turns"] = 4 * pieces if spec.deterministic else 0
     return {name: size for name, size in sizes.items() if size}
 
@@ -405,11 +405,14 @@ def workspace_bound(problem: Problem, *, backward: bool, lean: bool) -> int:
     it."""
     largest = Machine(toolchain.Target.named("sm_90a"), _MOST_MULTIPROCESSORS, tuning.SHARED_MEMORY[900])
     spec = replace(_spec_of(problem, {}, lean), parts=not backward and _takes_parts(problem, largest))
-    names = tuning.kernels_of(spec, backward=backward, hopper=tuning.has_hopper(spec, backward=backward))
-    tiles = {name: tuning.tile_of(name, spec, 900, 16) for name in names}
     parts = _most_parts(-(-_visited_keys(problem) // _FEWEST_COLS) + 1) if spec.parts else 1
-    sizes = _workspace(problem, spec, tiles, {}, Division(parts, 0))
-    return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes.values())
+    bounds = []
+    for hopper in {False, tuning.has_hopper(spec, backward=backward)}:
+        wanted = tuning.served(spec, 900) if backward and not hopper else spec
+        tiles = tuning.tiles_of(tuning.kernels_of(wanted, backward=backward, hopper=hopper), wanted, 900, 16)
+        sizes = _workspace(problem, wanted, tiles, {}, Division(parts, 0))
+        bounds.append(sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes.values()))
+    return max(bounds)
 
 
 def aligned(pointers: Sequence[int]) -> bool:
@@ -641,7 +644,7 @@ def _blocks(name: str, problem: Problem, tile: Tile, multiprocessors: int, q_til
         ),
         "backward_prepare": lambda: -(-problem.q_len * batch // tile.rows),
         "backward_sinks": lambda: problem.heads,
-        "backward_portable_dkv": lambda: kv_blocks,
+        "backward_portable": lambda: kv_blocks,
         "backward_portable_dq": lambda: q_blocks,
         "backward_hopper": lambda: min(kv_blocks, multiprocessors),
         "backward_hopper_wide": lambda: min(kv_blocks, multiprocessors),

@@ -37,12 +37,14 @@ def jobs_of(spec: Spec, target: Target, vector: int = 16, ways: Iterable[dict[st
     jobs: dict[Job, None] = {}  # each once, in order
     for backward in (False, True):
         families = [(spec, False)]  # strides decide whether a call gets the Hopper kernels
+        if backward:  # or the GPU, which of the portable ones
+            families = [(tuning.served(spec, target.path), False), (replace(spec, lean=True), False)]
         if target == Target.named("sm_90a") and tuning.has_hopper(spec, backward=backward):
             families += [(replace(spec, **way), True) for way in ways]
         for wanted, hopper in families:
-            for name in tuning.kernels_of(wanted, backward=backward, hopper=hopper):
-                known = tuning.kernel_spec(name, wanted)
-                jobs[name, known, tuning.tile_of(name, known, target.path, vector), target] = None
+            names = tuning.kernels_of(wanted, backward=backward, hopper=hopper)
+            for name, tile in tuning.tiles_of(names, wanted, target.path, vector).items():
+                jobs[name, tuning.kernel_spec(name, wanted), tile, target] = None
     if tuning.has_parts(spec):  # lengths decide whether a call gets these
         spec = replace(spec, parts=True)
         for name, rows in product(tuning.kernels_of(spec, backward=False), (tuning.FEW_ROWS, tuning.FEW_ROWS + 1)):

@@ -150,8 +150,9 @@ def _kernels(dtype: str, head_dim: int, target: Target) -> str:
     cells = []
     for backward in (False, True):
         hopper = target == Target.named("sm_90a") and tuning.has_hopper(spec, backward=backward)
-        for name in tuning.kernels_of(spec, backward=backward, hopper=hopper):
-            tile = tuning.tile_of(name, tuning.kernel_spec(name, spec), target.path, 16)
+        wanted = tuning.served(spec, target.path) if backward and not hopper else spec
+        names = tuning.kernels_of(wanted, backward=backward, hopper=hopper)
+        for name, tile in tuning.tiles_of(names, wanted, target.path, 16).items():
             if name not in ("backward_prepare", "backward_finish"):  # those have nothing to choose
                 cells.append(f"{name} {tile.rows}x{tile.cols}/{tile.stages}/{tile.warps}")
     return "  ".join(f"{cell:<32}" for cell in cells).rstrip()

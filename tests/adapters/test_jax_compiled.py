@@ -197,7 +197,7 @@ def test_a_backward_by_the_portable_kernels(compiled_for: Any):
     arrays = [*dense(jnp.float32, 40), jax.ShapeDtypeStruct((4,), jnp.float32)]
     calls = lowered(jax.grad(loss_with_sinks, (0, 3)), *arrays)
     assert [call.name.removeprefix("cuflash_") for call in calls] == [
-        *("forward_portable", "backward_prepare", "backward_sinks", "backward_portable_dkv", "backward_portable_dq")
+        *("forward_portable", "backward_prepare", "backward_sinks", "backward_portable", "backward_portable_dq")
     ]
     assert all("map" not in call.buffers for call in calls)
 
@@ -215,7 +215,7 @@ def test_a_bias_and_a_mask_take_the_portable_kernels(compiled_for: Any, shape: t
     names = [call.name.removeprefix("cuflash_") for call in calls]
     broadcast = len(shape) < 4
     assert names == [
-        *("forward_portable", "backward_prepare", "backward_portable_dkv", "backward_portable_dq"),
+        *("forward_portable", "backward_prepare", "backward_portable", "backward_portable_dq"),
         *(("backward_bias",) if broadcast else ()),
     ]
     of_dq = calls[3]
@@ -235,8 +235,9 @@ def test_empty_arrays_need_no_launch(compiled_for: Any, q_len: int, kv_len: int)
     compiled_for(HOPPER)
     arrays = [jax.ShapeDtypeStruct((2, length, 2, 64), jnp.bfloat16) for length in (q_len, kv_len, kv_len)]
     names = {call.name for call in lowered(gradients(), *arrays)}
-    assert ("cuflash_backward_portable_dq" in names) == (q_len > 0)
-    assert ("cuflash_backward_portable_dkv" in names) == (kv_len > 0)
+    assert ("cuflash_backward_portable_dq" in names) == (q_len > 0 and kv_len == 0)
+    assert "cuflash_backward_finish" not in names
+    assert ("cuflash_backward_portable" in names) == (kv_len > 0)
 
 
 def test_the_seed_is_a_number_of_the_call(compiled_for: Any):
@@ -260,10 +261,10 @@ def test_inside_shard_map(compiled_for: Any, check_vma: bool | None, length: int
         "forward_portable",
         "backward_prepare",
         "backward_sinks",
-        "backward_portable_dkv",
+        "backward_portable",
         "backward_portable_dq",
     ]
-    assert names == (expected if length else ["backward_sinks", "backward_portable_dkv"])
+    assert names == (expected if length else ["backward_sinks", "backward_portable"])
 
 
 def test_the_route_is_read_when_a_program_is_lowered(compiled_for: Any, monkeypatch: pytest.MonkeyPatch):

@@ -207,13 +207,50 @@ def test_every_head_dim_has_a_tile_that_fits(dense: dict[str, bool]) -> None:
     for path, limit in tuning.SHARED_MEMORY.items():
         dtypes = ("float16",) if path < 800 else ("float16", "bfloat16", "float32")
         for dtype, head_dim, head_dim_v in product(dtypes, range(1, 257, 5), (1, 8, 64, 128, 129, 192, 256)):
-            for name in tuning.kernels_of(PLAIN, backward=False) + tuning.kernels_of(PLAIN, backward=True):
-                spec = tuning.kernel_spec(name, _spec(dtype, head_dim, head_dim_v, **dense))
-                tile = tuning.tile_of(name, spec, path, 16)
-                assert tuning.shared_bytes(name, spec, tile) <= limit
-                assert path >= 800 or tile.stages == 1
-                counts[name] += 1
-    assert set(counts) == {"forward_portable", "backward_prepare", "backward_portable_dkv", "backward_portable_dq"}
+            for lean, backward in ((False, False), (False, True), (True, True)):
+                spec = _spec(dtype, head_dim, head_dim_v, lean=lean, **dense)
+                if backward:
+                    spec = tuning.served(spec, path)
+                tiles = tuning.tiles_of(tuning.kernels_of(spec, backward=backward), spec, path, 16)
+                for name, tile in tiles.items():
+                    assert tuning.shared_bytes(name, tuning.kernel_spec(name, spec), tile) <= limit
+                    assert path >= 800 or tile.stages == 1
+                    counts[name] += 1
+                if "backward_finish" in tiles:
+                    assert tiles["backward_finish"].rows == tiles["backward_portable"].rows
+    expected = {"forward_portable", "backward_prepare", "backward_portable", "backward_portable_dq"}
+    if not dense:
+        expected.add("backward_finish")
+    elif "bias" in dense:
+        expected.add("backward_bias")
+    assert set(counts) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "sums"),
+    [
+        ({}, True),
+        ({"packed": True, "sinks": True, "bounded_left": True}, True),
+        ({"lean": True}, False),
+        ({"deterministic": True}, False),
+        ({"softcap": True}, False),
+        ({"alibi": True}, False),
+        ({"dropout": True}, False),
+        ({"bias": True}, False),
+        ({"mask": True}, False),
+    ],
+)
+def test_which_portable_backward_sums_dq(fields: dict[str, bool], sums: bool) -> None:
+    """In one kernel where registers and shared memory suffice and nobody asks for the same bits or less memory."""
+    spec = tuning.served(_spec("bfloat16", 128, **fields), 800)
+    assert spec.lean != sums
+    names = tuning.kernels_of(spec, backward=True)
+    assert ("backward_finish" in names, "backward_portable_dq" in names) == (sums, not sums)
+    assert tuning.served(_spec("float32", 64), 800).lean
+    assert tuning.served(_spec("bfloat16", 256), 860).lean  # 64 queries and keys do not fit
+    assert not tuning.served(_spec("bfloat16", 256), 800).lean
+    assert not tuning.served(_spec("float16", 64), 750).lean
+    assert tuning.served(_spec("float16", 64), 750, shared_limit=40_000).lean
 
 
 @pytest.mark.parametrize("how", [{}, {"deterministic": True}, {"lean": True}, {"softcap": True}])
@@ -252,9 +289,14 @@ def test_shared_memory_sums() -> None:
     tile = tuning.tile_of("forward_portable", spec, 800, 16)
     row = 128 * 2 + 16  # a row of 128 bfloat16 and its padding
     assert tuning.shared_bytes("forward_portable", spec, tile) == row * (tile.rows + 2 * tile.stages * tile.cols)
-    tile = tuning.tile_of("backward_portable_dkv", spec, 800, 16)
-    expected = 2 * row * tile.cols + tile.stages * (2 * row + 8) * tile.rows
-    assert tuning.shared_bytes("backward_portable_dkv", spec, tile) == expected
+    for lean in (True, False):
+        spec = _spec("bfloat16", 128, lean=lean)
+        tile = tuning.tile_of("backward_portable", spec, 800, 16)
+        expected = 2 * row * tile.cols + tile.stages * (2 * row + 8) * tile.rows
+        if not lean:  # P and dS
+            assert tile.split > 1
+            expected += 2 * tile.cols * (2 * tile.rows + 16)
+        assert tuning.shared_bytes("backward_portable", spec, tile) == expected
     spec = _spec("bfloat16", 136, 72)  # panels of 64 columns: as 192 and 128
     tile = tuning.tile_of("forward_hopper", spec, 900, 16)
     # Of the next Q there is room for one warpgroup's half, and a slot has 16 bytes of barriers and 16 of its task.

@@ -1,0 +1,226 @@
+// Backward attention with mma.sync, dK and dV, and unless SPEC.lean dQ: one thread block a tile of keys of one kv head,
+// looping over the query heads of its group and their tiles of queries. Scores are computed transposed, [keys, queries],
+// so that P^T and dS^T are accumulators and become the left operands of dV and dK without leaving registers.
+//
+// TILE.split warps share rows of keys, and each keeps its slice of dK and dV. Lean, each computes the same P^T and dS^T,
+// nothing is atomic, and dQ is left to backward_portable_dq.cu. Otherwise dS^T goes through shared memory to become the
+// left operand of dQ = dS K, of which each warp adds a part to a sum in float32 (backward_finish.cu rounds it); and of
+// warps that share keys each computes P^T and dS^T of its queries, which the others read there.
+#include "backward_stage.cuh"
+#include "copy.cuh"
+#include "dense.cuh"
+#include "query_sum.cuh"
+
+constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
+constexpr int WARP_ROWS = TILE.cols / (TILE.warps / TILE.split);  // keys
+constexpr int M = WARP_ROWS / 16;
+constexpr bool SUMS_DQ = !SPEC.lean;
+static_assert(!SUMS_DQ || !(LONG_STAGE || IS_FLOAT32));
+// With one stage a step's Q and dO come under the product that is dQ of the step before.
+constexpr bool LOADS_LATE = SUMS_DQ && TILE.stages == 1;
+constexpr bool EXCHANGES = SUMS_DQ && TILE.split > 1;  // P^T and dS^T, among warps that share keys
+constexpr int OWN_ROWS = EXCHANGES ? TILE.rows / TILE.split : TILE.rows;  // queries of this warp
+constexpr int N = OWN_ROWS / 8;                                          // across S^T
+constexpr int SLICE_D = padded_dim(D) / TILE.split, SLICE_DV = padded_dim(DV) / TILE.split;
+constexpr int K_BYTES = TILE.cols * row_pitch(D), V_BYTES = TILE.cols * row_pitch(DV);
+constexpr int Q_BYTES = TILE.rows * row_pitch(D), DO_BYTES = TILE.rows * row_pitch(DV);
+constexpr int STATISTIC_BYTES = TILE.rows * 4;
+constexpr int STAGE_BYTES = Q_BYTES + DO_BYTES + 2 * STATISTIC_BYTES;
+// P^T and dS^T [keys, queries] in shared memory: rows of an odd number of 16-byte chunks, as in product.cuh.
+constexpr int SCORE_PITCH = TILE.rows * ELEMENT_BYTES + 16, SCORE_BYTES = TILE.cols * SCORE_PITCH;
+
+// A warp's operands to its place there.
+__device__ __forceinline__ void store_scores(unsigned int smem, const LeftOperand<N> (&X)[M]) {
+    const int lane = threadIdx.x % 32;
+    const unsigned int lane_smem = smem + lane / 4 * SCORE_PITCH + lane % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                store_shared_word(lane_smem + (16 * i + 8 * half) * SCORE_PITCH + 16 * n,
+                                  X[i].raw[n / 2][n % 2 * 2 + half]);
+            }
+        }
+    }
+}
+
+KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
+    extern __shared__ __align__(16) unsigned char smem[];
+    const unsigned int K_smem = shared_address(smem);
+    const unsigned int V_smem = K_smem + K_BYTES;
+    const unsigned int stages_smem = V_smem + V_BYTES;
+    const unsigned int dS_smem = stages_smem + TILE.stages * STAGE_BYTES, P_smem = dS_smem + SCORE_BYTES;
+    const DenseTile dense{reinterpret_cast<float*>(smem + K_BYTES + V_BYTES + TILE.stages * STAGE_BYTES)};
+
+    const Work work = find_work<TILE.cols, true>(p, blockIdx.x, p.kv_tiles, p.heads / p.group);
+    if (!work.exists) return;
+    const Sequence& sequence = work.sequence;
+    const int kv_first = work.tile * TILE.cols;
+    const int kv_rows = min(TILE.cols, sequence.kv_len - kv_first);
+    const Band band(p, sequence);
+    const TileRange tiles = band.q_tiles(kv_first, kv_first + kv_rows - 1);
+    const int tiles_a_head = tiles.last - tiles.first, steps = tiles_a_head * p.group;
+
+    auto load_step = [&](int step) {  // Q, dO, LSE and D of one tile of one head
+        if (step < steps) {
+            const int head = work.head * p.group + step / tiles_a_head;
+            const int q_first = (tiles.first + step % tiles_a_head) * TILE.rows, rows = sequence.q_len - q_first;
+            const long long row = sequence.q_start + q_first;
+            const unsigned int Q_smem = stages_smem + (step % TILE.stages) * STAGE_BYTES;
+            const unsigned int lse_smem = Q_smem + Q_BYTES + DO_BYTES;
+            load_tile<TILE.rows, D>(Q_smem, head_rows(p.q, sequence.batch, row, head), p.q.row_stride, rows);
+            load_tile<TILE.rows, DV>(Q_smem + Q_BYTES, head_rows(p.dout, sequence.batch, row, head), p.dout.row_stride,
+                                     rows);
+            load_statistic<TILE.rows>(lse_smem, statistic_rows(p.lse, sequence.batch, row, head), rows);
+            load_statistic<TILE.rows>(lse_smem + STATISTIC_BYTES, statistic_rows(p.delta, sequence.batch, row, head),
+                                      rows);
+        }
+        copy_async_commit();
+    };
+
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int warp_row = warp / TILE.split * WARP_ROWS, slice = warp % TILE.split;
+    const int own = EXCHANGES ? slice * OWN_ROWS : 0;  // this warp's first query of a tile
+    float dK[M][SLICE_D / 8][4] = {};   // [keys, head_dim]
+    float dV[M][SLICE_DV / 8][4] = {};  // [keys, head_dim_v]
+
+    load_tile<TILE.cols, D>(K_smem, head_rows(p.k, sequence.batch, sequence.kv_start + kv_first, work.head),
+                            p.k.row_stride, kv_rows);
+    load_tile<TILE.cols, DV>(V_smem, head_rows(p.v, sequence.batch, sequence.kv_start + kv_first, work.head),
+                             p.v.row_stride, kv_rows);
+    for (int stage = 0; stage < (LOADS_LATE ? 1 : TILE.stages - 1); ++stage) load_step(stage);
+    for (int step = 0; step < steps; ++step) {
+        if constexpr (LOADS_LATE) {
+            copy_async_wait<0>();
+            __syncthreads();
+        } else {
+            advance_ring(step, load_step);
+        }
+        const int stage_offset = (step % TILE.stages) * STAGE_BYTES;
+        const unsigned int Q_smem = stages_smem + stage_offset, dO_smem = Q_smem + Q_BYTES;
+        const float* lse = reinterpret_cast<const float*>(smem + K_BYTES + V_BYTES + stage_offset + Q_BYTES + DO_BYTES);
+        const float* delta = lse + TILE.rows;
+        const int head = work.head * p.group + step / tiles_a_head;
+        const int q_first = (tiles.first + step % tiles_a_head) * TILE.rows;
+
+        if constexpr (DENSE) dense.load(p, sequence.batch, head, q_first, kv_first);
+
+        // P^T and dS^T, from S^T = K Q^T and dP^T = V dO^T  [keys, queries], of this warp's queries
+        LeftOperand<N> P[M], dS[M];
+        const unsigned int K_warp = K_smem + warp_row * row_pitch(D), V_warp = V_smem + warp_row * row_pitch(DV);
+        const unsigned int Q_own = Q_smem + own * row_pitch(D), dO_own = dO_smem + own * row_pitch(DV);
+        const Scores scores(p, sequence.index, head, band.offset);
+        const bool cut = band.cuts(q_first, TILE.rows, kv_first, TILE.cols);
+        const auto kv_of = [&](int i, int r) { return kv_first + warp_row + 16 * i + lane / 4 + r / 2 * 8; };
+        const auto column = [&](int n, int r) { return own + 8 * n + lane % 4 * 2 + r % 2; };
+        if constexpr (SUMS_DQ) {  // P^T, packed, before dP^T: there are registers for one of S^T and dP^T
+            float S[M][N][4] = {};
+            multiply_nt<D, 8>(S, K_warp, Q_own);
+#pragma unroll
+            for (int i = 0; i < M; ++i) {
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) {
+                        S[i][n][r] = exponential(S[i][n][r] * scores.factor - exponent_reference(lse[column(n, r)]));
+                    }
+                }
+                if (cut) {
+#pragma unroll
+                    for (int n = 0; n < N; ++n) {
+#pragma unroll
+                        for (int r = 0; r < 4; ++r) {
+                            if (!band.allows(q_first + column(n, r), kv_of(i, r))) S[i][n][r] = 0.0f;
+                        }
+                    }
+                }
+                P[i].set(S[i]);
+            }
+            float dP[M][N][4] = {};
+            multiply_nt<DV, 8>(dP, V_warp, dO_own);
+#pragma unroll
+            for (int i = 0; i < M; ++i) {
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) dP[i][n][r] = P[i].element(n, r) * (dP[i][n][r] - delta[column(n, r)]);
+                }
+                dS[i].set(dP[i]);
+            }
+        } else {
+            float S[M][N][4] = {}, dP[M][N][4] = {};
+            multiply_nt<D>(S, K_warp, Q_own);
+            multiply_nt<DV>(dP, V_warp, dO_own);
+            const Dropout dropout(p, sequence.index, head);
+            const float distance = scores.distance(q_first + column(0, 0), kv_of(0, 0));
+            auto differentiate_all = [&](bool masked) {
+#pragma unroll
+                for (int i = 0; i < M; ++i) {
+                    Kept<N / 2> kept;
+                    if constexpr (SPEC.dropout) dropout.draw_transposed(kept, q_first, kv_of(i, 0) - lane / 4);
+#pragma unroll
+                    for (int n = 0; n < N; ++n) {
+#pragma unroll
+                        for (int r = 0; r < 4; ++r) {
+                            const int col = column(n, r), kv_index = kv_of(i, r);
+                            differentiate(S[i][n][r], dP[i][n][r], scores, band, masked, q_first + col, kv_index,
+                                          distance + (8 * n + r % 2 - 16 * i - r / 2 * 8),
+                                          exponent_reference(lse[col]), delta[col], dropout.factor(kept, n, r),
+                                          dense.addend(col, kv_index - kv_first));
+                        }
+                    }
+                }
+            };
+            if (LONG_STAGE || cut) {
+                differentiate_all(cut);
+            } else {  // most tiles need no mask: around the loops, as in them it would be computed
+                differentiate_all(false);
+            }
+#pragma unroll
+            for (int i = 0; i < M; ++i) {
+                P[i].set(S[i]);
+                dS[i].set(dP[i]);
+            }
+        }
+        const unsigned int own_scores = warp_row * SCORE_PITCH + own * ELEMENT_BYTES;
+        if constexpr (SUMS_DQ) store_scores(dS_smem + own_scores, dS);
+        if constexpr (EXCHANGES) store_scores(P_smem + own_scores, P);
+
+        // dV += P^T dO  [keys, head_dim_v]    dK += dS^T Q  [keys, head_dim]
+        const unsigned int dO_slice = dO_smem + slice * SLICE_DV * ELEMENT_BYTES;
+        const unsigned int Q_slice = Q_smem + slice * SLICE_D * ELEMENT_BYTES;
+        multiply_nn<DV>(dV, P, dO_slice + own * row_pitch(DV));
+        multiply_nn<D>(dK, dS, Q_slice + own * row_pitch(D));
+        if constexpr (SUMS_DQ) {
+            __syncthreads();  // P^T and dS^T are there
+#pragma unroll
+            for (int other = 1; other < (EXCHANGES ? TILE.split : 1); ++other) {
+                const int row = (slice + other) % TILE.split * OWN_ROWS;
+                const unsigned int score = warp_row * SCORE_PITCH + row * ELEMENT_BYTES;
+                multiply_stored<DV, OWN_ROWS / 16, SCORE_PITCH, false>(dV, P_smem + score,
+                                                                       dO_slice + row * row_pitch(DV));
+                multiply_stored<D, OWN_ROWS / 16, SCORE_PITCH, false>(dK, dS_smem + score,
+                                                                      Q_slice + row * row_pitch(D));
+            }
+            if constexpr (LOADS_LATE) {
+                if constexpr (EXCHANGES) __syncthreads();  // everyone is done with Q and dO
+                load_step(step + 1);
+            }
+            add_dq<D, SCORE_PITCH>(p, sequence, head, tiles.first + step % tiles_a_head, dS_smem, K_smem);
+        }
+    }
+    copy_async_commit();
+    copy_async_wait<0>();
+
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+        const int row = warp_row + 16 * i;
+        const long long kv_row = sequence.kv_start + kv_first + row;
+        store_gradient<D>(p.dk, p.dk_float32, sequence.batch, kv_row, work.head, kv_rows - row, slice * SLICE_D, dK[i],
+                          p.scale, p.accumulate);
+        store_gradient<DV>(p.dv, p.dv_float32, sequence.batch, kv_row, work.head, kv_rows - row, slice * SLICE_DV,
+                           dV[i], 1.0f, p.accumulate);
+    }
+}
