@@ -1,6 +1,6 @@
 // Backward, last step: dQ = scale times the sum that backward_hopper.cu or backward_portable.cu left, in tiles of
-// TILE.rows queries, in the dtype and at the strides of dQ. One thread block a piece [64, 64] of it, which stands in the
-// order of accumulators (query_sum.cuh): register r of lane t of accumulator tile (i, j) is in row 16 i + t / 4 +
+// TILE.rows queries, in the dtype and at the strides of dQ. One thread block a piece [64, 64] of it, which stands in
+// the order of accumulators (query_sum.cuh): register r of lane t of accumulator tile (i, j) is in row 16 i + t / 4 +
 // 8 (r / 2) and column 8 j + 2 (t % 4) + r % 2.
 #include "query_sum.cuh"
 

@@ -1,11 +1,11 @@
 // Backward attention with mma.sync, dK and dV, and unless SPEC.lean dQ: one thread block a tile of keys of one kv head,
-// looping over the query heads of its group and their tiles of queries. Scores are computed transposed, [keys, queries],
-// so that P^T and dS^T are accumulators and become the left operands of dV and dK without leaving registers.
+// looping over the query heads of its group and their tiles of queries. Scores are computed transposed, [keys,
+// queries], so that P^T and dS^T are accumulators and become the left operands of dV and dK without leaving registers.
 //
-// TILE.split warps share rows of keys, and each keeps its slice of dK and dV. Lean, each computes the same P^T and dS^T,
-// nothing is atomic, and dQ is left to backward_portable_dq.cu. Otherwise dS^T goes through shared memory to become the
-// left operand of dQ = dS K, of which each warp adds a part to a sum in float32 (backward_finish.cu rounds it); and of
-// warps that share keys each computes P^T and dS^T of its queries, which the others read there.
+// TILE.split warps share rows of keys, and each keeps its slice of dK and dV. Lean, each computes the same P^T and
+// dS^T, nothing is atomic, and dQ is left to backward_portable_dq.cu. Otherwise dS^T goes through shared memory to
+// become the left operand of dQ = dS K, of which each warp adds a part to a sum in float32 (backward_finish.cu rounds
+// it); and of warps that share keys each computes P^T and dS^T of its queries, which the others read there.
 #include "backward_stage.cuh"
 #include "copy.cuh"
 #include "dense.cuh"
@@ -18,9 +18,9 @@ constexpr bool SUMS_DQ = !SPEC.lean;
 static_assert(!SUMS_DQ || !(LONG_STAGE || IS_FLOAT32));
 // With one stage a step's Q and dO come under the product that is dQ of the step before.
 constexpr bool LOADS_LATE = SUMS_DQ && TILE.stages == 1;
-constexpr bool EXCHANGES = SUMS_DQ && TILE.split > 1;  // P^T and dS^T, among warps that share keys
+constexpr bool EXCHANGES = SUMS_DQ && TILE.split > 1;                     // P^T and dS^T, among warps that share keys
 constexpr int OWN_ROWS = EXCHANGES ? TILE.rows / TILE.split : TILE.rows;  // queries of this warp
-constexpr int N = OWN_ROWS / 8;                                          // across S^T
+constexpr int N = OWN_ROWS / 8;                                           // across S^T
 constexpr int SLICE_D = padded_dim(D) / TILE.split, SLICE_DV = padded_dim(DV) / TILE.split;
 constexpr int K_BYTES = TILE.cols * row_pitch(D), V_BYTES = TILE.cols * row_pitch(DV);
 constexpr int Q_BYTES = TILE.rows * row_pitch(D), DO_BYTES = TILE.rows * row_pitch(DV);
@@ -30,7 +30,7 @@ constexpr int STAGE_BYTES = Q_BYTES + DO_BYTES + 2 * STATISTIC_BYTES;
 constexpr int SCORE_PITCH = TILE.rows * ELEMENT_BYTES + 16, SCORE_BYTES = TILE.cols * SCORE_PITCH;
 
 // A warp's operands to its place there.
-__device__ __forceinline__ void store_scores(unsigned int smem, const LeftOperand<N> (&X)[M]) {
+__device__ __forceinline__ void store_scores(unsigned int smem, const AccumulatorOperand<N> (&X)[M]) {
     const int lane = threadIdx.x % 32;
     const unsigned int lane_smem = smem + lane / 4 * SCORE_PITCH + lane % 4 * 4;
 #pragma unroll
@@ -83,8 +83,8 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int warp_row = warp / TILE.split * WARP_ROWS, slice = warp % TILE.split;
     const int own = EXCHANGES ? slice * OWN_ROWS : 0;  // this warp's first query of a tile
-    float dK[M][SLICE_D / 8][4] = {};   // [keys, head_dim]
-    float dV[M][SLICE_DV / 8][4] = {};  // [keys, head_dim_v]
+    float dK[M][SLICE_D / 8][4] = {};                  // [keys, head_dim]
+    float dV[M][SLICE_DV / 8][4] = {};                 // [keys, head_dim_v]
 
     load_tile<TILE.cols, D>(K_smem, head_rows(p.k, sequence.batch, sequence.kv_start + kv_first, work.head),
                             p.k.row_stride, kv_rows);
@@ -108,7 +108,7 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
         if constexpr (DENSE) dense.load(p, sequence.batch, head, q_first, kv_first);
 
         // P^T and dS^T, from S^T = K Q^T and dP^T = V dO^T  [keys, queries], of this warp's queries
-        LeftOperand<N> P[M], dS[M];
+        AccumulatorOperand<N> P[M], dS[M];
         const unsigned int K_warp = K_smem + warp_row * row_pitch(D), V_warp = V_smem + warp_row * row_pitch(DV);
         const unsigned int Q_own = Q_smem + own * row_pitch(D), dO_own = dO_smem + own * row_pitch(DV);
         const Scores scores(p, sequence.index, head, band.offset);
@@ -166,8 +166,8 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                         for (int r = 0; r < 4; ++r) {
                             const int col = column(n, r), kv_index = kv_of(i, r);
                             differentiate(S[i][n][r], dP[i][n][r], scores, band, masked, q_first + col, kv_index,
-                                          distance + (8 * n + r % 2 - 16 * i - r / 2 * 8),
-                                          exponent_reference(lse[col]), delta[col], dropout.factor(kept, n, r),
+                                          distance + (8 * n + r % 2 - 16 * i - r / 2 * 8), exponent_reference(lse[col]),
+                                          delta[col], dropout.factor(kept, n, r),
                                           dense.addend(col, kv_index - kv_first));
                         }
                     }

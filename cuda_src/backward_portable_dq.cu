@@ -106,7 +106,7 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Wor
         }
 
         // dQ += dS K  [rows, head_dim]
-        LeftOperand<N> dS[M];
+        AccumulatorOperand<N> dS[M];
 #pragma unroll
         for (int i = 0; i < M; ++i) dS[i].set(dP[i]);
         multiply_nn<D>(dQ, dS, K_smem + first_col * ELEMENT_BYTES);

@@ -146,7 +146,7 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
 
         // P = e^(S - m) with the new maximum; O and l follow it. (Maxima and sums of two columns side by side, so that
         // one does not wait for the other.)
-        LeftOperand<N> P[M];
+        AccumulatorOperand<N> P[M];
 #pragma unroll
         for (int i = 0; i < M; ++i) {
             float reference[2], rescale[2];
@@ -183,7 +183,8 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
             }
             P[i].set(S[i]);
 #pragma unroll
-            for (int half = 0; half < 2; ++half) l[i][half] = l[i][half] * rescale[half] + (sum[2 * half] + sum[2 * half + 1]);
+            for (int half = 0; half < 2; ++half)
+                l[i][half] = l[i][half] * rescale[half] + (sum[2 * half] + sum[2 * half + 1]);
             if (__any_sync(0xFFFFFFFF, rescale[0] != 1.0f || rescale[1] != 1.0f)) {  // later maxima hardly change
 #pragma unroll
                 for (int n = 0; n < N_OUT; ++n) {

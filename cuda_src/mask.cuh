@@ -14,7 +14,9 @@ __device__ __forceinline__ unsigned int columns_before(int limit) {
 struct ColumnRange {
     int first, last;
 
-    __device__ __forceinline__ bool contains(int col) const { return (!SPEC.bounded_left || col >= first) && col < last; }
+    __device__ __forceinline__ bool contains(int col) const {
+        return (!SPEC.bounded_left || col >= first) && col < last;
+    }
 };
 
 struct Band {

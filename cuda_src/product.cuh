@@ -100,7 +100,7 @@ __device__ __forceinline__ void multiply_nt(float (&acc)[M][N][4], unsigned int 
 
 // P [16, 8 K] as a left operand: packed for 16-bit types, 16 columns a step; for float32, 8 columns a step, as it is.
 template <int K>
-struct LeftOperand {
+struct AccumulatorOperand {
     unsigned int raw[8 * K / K_STEP][4];
 
     // Rows l/4 (half 0) or l/4 + 8 of lane l, from accumulators.
@@ -139,7 +139,8 @@ struct LeftOperand {
 
 // acc [16 M, 8 N] += P [16 M, 8 K] B [8 K, 8 N]; B's rows of DIM elements in shared memory, from the given address on.
 template <int DIM, int M, int K, int N>
-__device__ __forceinline__ void multiply_nn(float (&acc)[M][N][4], const LeftOperand<K> (&p)[M], unsigned int b_smem) {
+__device__ __forceinline__ void multiply_nn(float (&acc)[M][N][4], const AccumulatorOperand<K> (&p)[M],
+                                            unsigned int b_smem) {
     constexpr int PITCH = row_pitch(DIM);
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -177,8 +178,8 @@ __device__ __forceinline__ void multiply_nn(float (&acc)[M][N][4], const LeftOpe
     }
 }
 
-// acc [16 M, 8 N] += A [16 M, 16 STEPS] B [16 STEPS, 8 N], of 16-bit types, both operands in shared memory: A's rows, or
-// TRANSPOSED its columns, A_PITCH bytes apart, B's rows of DIM elements as above.
+// acc [16 M, 8 N] += A [16 M, 16 STEPS] B [16 STEPS, 8 N], of 16-bit types, both operands in shared memory: A's rows,
+// or TRANSPOSED its columns, A_PITCH bytes apart, B's rows of DIM elements as above.
 template <int DIM, int STEPS, int A_PITCH, bool TRANSPOSED, int M, int N>
 __device__ __forceinline__ void multiply_stored(float (&acc)[M][N][4], unsigned int a_smem, unsigned int b_smem) {
     static_assert(!IS_FLOAT32 && N % 2 == 0);

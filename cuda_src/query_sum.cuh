@@ -22,8 +22,8 @@ __device__ __forceinline__ void add_accumulators(float* tile_gmem, const float (
 #endif
 }
 
-// dQ += dS K  [rows, head_dim] of tile `q_tile` of a sequence's queries, with dS^T [cols, rows] and K [cols, head_dim] in
-// shared memory. Each warp has 32 rows of it and some blocks of 16 columns, BLOCKS of them at a time.
+// dQ += dS K  [rows, head_dim] of tile `q_tile` of a sequence's queries, with dS^T [cols, rows] and K [cols, head_dim]
+// in shared memory. Each warp has 32 rows of it and some blocks of 16 columns, BLOCKS of them at a time.
 template <int D, int DS_PITCH>
 __device__ __forceinline__ void add_dq(const Params& p, const Sequence& sequence, int head, int q_tile,
                                        unsigned int dS_smem, unsigned int K_smem) {

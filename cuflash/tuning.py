@@ -371,7 +371,7 @@ def _short_forward_tiles(spec: Spec, path: int, element_bytes: int, reach: int) 
     if reach == 64:
         crowded = left or spec.packed or spec.sinks or path >= 1000
         return ((64, 32, 1, 4, 1, 1) if crowded else (128, 32, 2, 4, 1, 1),)
-    return ((64, 16 if left else 32, 1, 4, 1, 1),)
+    return ((64, 16 if left or spec.bounded_right else 32, 1, 4, 1, 1),)
 
 
 def _sums_dq_tile(spec: Spec, path: int, shared_limit: int | None) -> Tile | None:
