@@ -38,7 +38,7 @@ struct CommonParams {
     RowStatistic lse;          // natural log of the softmax's denominator
     RowStatistic dlse;         // gradient of the LSE; may be null
     RowStatistic delta;        // D = rowsum(dO * O) - dLSE
-    float* dq_sum;             // dQ / scale of the Hopper backward, zero before it: pieces [batch, heads, q_len / 64,
+    float* dq_sum;             // dQ / scale where a kernel sums it, zero before: pieces [batch, heads, q_len / 64,
                                // head_dim / 64] of [64, 64], each in the order of accumulators; may be null
     int* dq_turns;             // deterministic: how many tiles of keys have added to a piece, zero before
     int* tickets;              // one counter: how many tasks the thread blocks of a Hopper kernel have taken

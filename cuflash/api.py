@@ -89,7 +89,7 @@ def flash_attention(
         inputs) [batch, heads, q_len], packed [heads, total_q], in either layout.
     deterministic : bool
         Bitwise the same results from the same inputs. (The forward always is, and so are the gradients of the NumPy
-        backend and of the portable kernels, but for dbias where the bias is broadcast.)
+        backend.)
     allow_tf32 : bool
         float32 products on a GPU with TF32's 10-bit mantissas; by default they have float32 accuracy (three TF32
         terms).

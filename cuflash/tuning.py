@@ -346,9 +346,7 @@ def tiles_of(
     kernels: tuple[str, ...], spec: Spec, path: int, vector: int, shared_limit: int | None = None, rows: int = FEW_ROWS
 ) -> dict[str, Tile]:
     """The tiles of the kernels of one call, by name; arguments as for `tile_of`."""
-    tiles = {
-        name: tile_of(name, kernel_spec(name, spec), path, vector, shared_limit, rows) for name in kernels
-    }
+    tiles = {name: tile_of(name, kernel_spec(name, spec), path, vector, shared_limit, rows) for name in kernels}
     if "backward_finish" in tiles:
         adds = next(name for name in ("backward_hopper", "backward_portable") if name in tiles)
         tiles["backward_finish"] = replace(tiles["backward_finish"], rows=tiles[adds].rows)

@@ -447,8 +447,8 @@ def backward(plan: BackwardPlan, arrays: Sequence[Any], given: Sequence[Any], se
     """dq, dk, dv, with sinks dsinks and with a bias dbias, those not given from CuPy's pool as the workspace is;
     `arrays` are dout, out, lse, dlse and the inputs.
 
-    Only the sum of dQ of the Hopper kernel and that of a broadcast bias are atomic: where the Spec is deterministic, or
-    memory is lean or other kernels serve the call and no bias is broadcast, the gradients are bitwise reproducible.
+    Only the sum of dQ, where 16-bit types have one, and that of a broadcast bias are atomic: where the Spec is
+    deterministic, or memory is lean and no bias is broadcast, the gradients are bitwise reproducible.
     """
     gpu = _gpu()
     if gpu.is_elsewhere(plan.device):
