@@ -7,18 +7,25 @@
 constexpr int D = round_up(SPEC.head_dim, 64);
 constexpr int R = TILE.rows;
 
-// Eight neighbouring columns of one row.
+// Eight neighbouring columns of one row, of which the first `columns` exist.
 template <typename Out>
-__device__ __forceinline__ void store_columns(Out* target, const float (&x)[8], bool accumulate) {
-    struct alignas(TILE.vector == 16 ? 16 : sizeof(Out)) Columns {
-        Out x[8];
-    };
-    Columns& columns = *reinterpret_cast<Columns*>(target);
-    Columns sum;
-    if (accumulate) sum = columns;
+__device__ __forceinline__ void store_columns(Out* target, const float (&x)[8], int columns, bool accumulate) {
+    if constexpr (SPEC.head_dim % 8 == 0) {
+        struct alignas(TILE.vector == 16 ? 16 : sizeof(Out)) Columns {
+            Out x[8];
+        };
+        Columns& all = *reinterpret_cast<Columns*>(target);
+        Columns sum;
+        if (accumulate) sum = all;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) from_float(sum.x[i], accumulate ? to_float(sum.x[i]) + x[i] : x[i]);
-    columns = sum;
+        for (int i = 0; i < 8; ++i) from_float(sum.x[i], accumulate ? to_float(sum.x[i]) + x[i] : x[i]);
+        all = sum;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (i < columns) from_float(target[i], accumulate ? to_float(target[i]) + x[i] : x[i]);
+        }
+    }
 }
 
 KERNEL(backward_finish, 0)(ARGUMENT(Params) p) {
@@ -55,13 +62,14 @@ KERNEL(backward_finish, 0)(ARGUMENT(Params) p) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = first + 16 * warp + quad + 8 * half;
-            if (row >= q_len || 64 * panel + 8 * j >= SPEC.head_dim) continue;
-            const long long offset = batch * p.dq.batch_stride + (start + row) * p.dq.row_stride +
-                                     head * p.dq.head_stride + 64 * panel + 8 * j;
+            const int col = 64 * panel + 8 * j, columns = SPEC.head_dim - col;
+            if (row >= q_len || columns <= 0) continue;
+            const long long offset =
+                batch * p.dq.batch_stride + (start + row) * p.dq.row_stride + head * p.dq.head_stride + col;
             if (p.dq_float32) {
-                store_columns(static_cast<float*>(p.dq.data) + offset, x[half], p.accumulate);
+                store_columns(static_cast<float*>(p.dq.data) + offset, x[half], columns, p.accumulate);
             } else {
-                store_columns(static_cast<Element*>(p.dq.data) + offset, x[half], p.accumulate);
+                store_columns(static_cast<Element*>(p.dq.data) + offset, x[half], columns, p.accumulate);
             }
         }
     }
