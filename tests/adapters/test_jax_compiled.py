@@ -202,6 +202,20 @@ def test_a_backward_by_the_portable_kernels(compiled_for: Any):
     assert all("map" not in call.buffers for call in calls)
 
 
+def test_a_portable_backward_that_sums_dq(compiled_for: Any):
+    """The sum is zero before the kernel that adds to it, and read by the last."""
+    compiled_for(AMPERE)
+    calls = lowered(gradients(causal=True), *dense(jnp.bfloat16, 64))
+    assert [call.name.removeprefix("cuflash_") for call in calls] == [
+        *("forward_portable", "backward_prepare", "backward_portable", "backward_finish")
+    ]
+    *_, keys, finish = calls
+    # q, k, v, dout; lse, delta; dk, dv, dq_sum
+    assert keys.buffers == ["pointer"] * 9
+    assert [bool(size) for size in keys.zeroed] == [False] * 8 + [True]
+    assert finish.buffers == ["pointer", "pointer"]
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 300, 300), (300, 300)])
 def test_a_bias_and_a_mask_take_the_portable_kernels(compiled_for: Any, shape: tuple[int, ...]):
     """dbias is written at once, or is a sum in the workspace that a kernel of its own rounds."""
