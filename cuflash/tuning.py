@@ -217,9 +217,14 @@ def check_supported(spec: Spec, path: int) -> None:
 
 def served(spec: Spec, path: int, shared_limit: int | None = None) -> Spec:
     """The Spec of a backward as the portable kernels serve it: lean where they do not sum dQ."""
-    sums = not (spec.lean or spec.deterministic or spec.bias or spec.mask or spec.dtype == "float32")
-    sums = sums and _score_options(spec) == 0 and _sums_dq_tile(spec, path, shared_limit) is not None
-    return spec if sums else replace(spec, lean=True)
+    lean = replace(spec, lean=True)
+    if spec.lean or spec.deterministic or spec.bias or spec.mask or spec.dtype == "float32" or _score_options(spec):
+        return lean
+    try:
+        tile_of("backward_portable", spec, path, 16, shared_limit)
+    except UnsupportedError:  # shared memory does not suffice
+        return lean
+    return spec
 
 
 def kernels_of(spec: Spec, *, backward: bool, hopper: bool = False) -> tuple[str, ...]:
@@ -372,47 +377,12 @@ def _short_forward_tiles(spec: Spec, path: int, element_bytes: int, reach: int) 
     return ((64, 16 if left or spec.bounded_right else 32, 1, 4, 1, 1),)
 
 
-def _sums_dq_tile(spec: Spec, path: int, shared_limit: int | None) -> Tile | None:
-    """The tile of backward_portable where it sums dQ, if one fits."""
-    spec = kernel_spec("backward_portable", replace(spec, lean=False))
-    reach = next(dim for dim in _SUMS_DQ if max(spec.head_dim, spec.head_dim_v) <= dim)
-    tiles = _SUMS_DQ[reach]
-    if spec.packed:  # where a sequence lies takes registers
-        tiles = tiles[-1:]
-    for rows, cols, stages, warps, split, blocks in tiles:
-        tile = Tile(rows=rows, cols=cols, stages=stages, warps=warps, split=split, blocks=blocks)
-        if path < 800 and stages > 1:
-            continue
-        if shared_bytes("backward_portable", spec, tile) <= _shared_limit(path, shared_limit):
-            return tile
-    return None
-
-
-def _shared_limit(path: int, shared_limit: int | None) -> int:
-    """Bytes of shared memory a thread block may have."""
-    limit = SHARED_MEMORY.get(path, min(SHARED_MEMORY.values()))
-    return limit if shared_limit is None else min(limit, shared_limit)
-
-
 def _portable_tile(kernel: str, spec: Spec, path: int, vector: int, shared_limit: int | None, few_rows: bool) -> Tile:
     """The tile of one of the portable kernels."""
-    if kernel == "backward_portable" and not spec.lean:
-        tile = _sums_dq_tile(spec, path, shared_limit)
-        if tile is None:
-            raise UnsupportedError(f"no tile of {kernel} that sums dQ: {spec}")
-        return replace(tile, vector=vector)
-    element_bytes = 4 if spec.dtype == "float32" else 2
-    table = _PARTS[element_bytes] if few_rows else _PORTABLE[kernel, element_bytes]
-    reach = next(dim for dim in table if max(spec.head_dim, spec.head_dim_v) <= dim)
-    candidates = table[reach]
-    dense = spec.bias or spec.mask
-    if not few_rows and (dense or spec.dropout or _score_options(spec) > 1):
-        candidates = _WITH_DENSE.get((kernel, element_bytes, reach), candidates)
-        if dense and spec.deterministic:  # the loop over all that is summed in order takes registers too
-            candidates = candidates[-1:]
-    limit = _shared_limit(path, shared_limit)
-    if kernel == "forward_portable" and not _long_score_stage(spec) and not spec.parts:
-        candidates = (*_short_forward_tiles(spec, path, element_bytes, reach), *candidates)
+    limit = SHARED_MEMORY.get(path, min(SHARED_MEMORY.values()))
+    if shared_limit is not None:
+        limit = min(limit, shared_limit)
+    candidates = _portable_candidates(kernel, spec, path, few_rows)
     for rows, cols, stages, warps, split, blocks in candidates:
         if stages > 1 and path < 800:
             continue  # without asynchronous copies there is nothing to keep in flight
@@ -421,6 +391,30 @@ def _portable_tile(kernel: str, spec: Spec, path: int, vector: int, shared_limit
         if blocks_wanted * shared_bytes(kernel, spec, tile) <= limit:
             return tile
     raise UnsupportedError(f"no tile of {kernel} fits into {limit} bytes of shared memory: {spec}")
+
+
+def _portable_candidates(kernel: str, spec: Spec, path: int, few_rows: bool) -> tuple[tuple[int, ...], ...]:
+    """The tiles of a portable kernel, of which the first that fits is taken."""
+    element_bytes = 4 if spec.dtype == "float32" else 2
+    sums_dq = kernel == "backward_portable" and not spec.lean
+    if sums_dq:
+        table = _SUMS_DQ
+    elif few_rows:
+        table = _PARTS[element_bytes]
+    else:
+        table = _PORTABLE[kernel, element_bytes]
+    reach = next(dim for dim in table if max(spec.head_dim, spec.head_dim_v) <= dim)
+    candidates: tuple[tuple[int, ...], ...] = table[reach]
+    if sums_dq:
+        return candidates[-1:] if spec.packed else candidates  # where a sequence lies takes registers
+    dense = spec.bias or spec.mask
+    if not few_rows and (dense or spec.dropout or _score_options(spec) > 1):
+        candidates = _WITH_DENSE.get((kernel, element_bytes, reach), candidates)
+        if dense and spec.deterministic:  # the loop over all that is summed in order takes registers too
+            candidates = candidates[-1:]
+    if kernel == "forward_portable" and not _long_score_stage(spec) and not spec.parts:
+        candidates = (*_short_forward_tiles(spec, path, element_bytes, reach), *candidates)
+    return candidates
 
 
 def shared_bytes(kernel: str, spec: Spec, tile: Tile) -> int:

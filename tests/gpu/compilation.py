@@ -19,14 +19,19 @@ def usual_jobs(
 ) -> list[Job]:
     """The kernels of calls whose arrays lie as all kernels take them: the portable ones only where no others serve, and
     those of few queries over many keys only if asked for."""
-    jobs = jobs_of(spec, target, vector, ways)
-    of_parts = [job for job in jobs if job[0] == "forward_combine" or job[1].parts]
-    jobs = [job for job in jobs if job not in of_parts]
-    if target == Target.named("sm_90a"):
-        for direction, backward in (("forward", False), ("backward", True)):
-            if tuning.has_hopper(spec, backward=backward):
-                jobs = [job for job in jobs if not job[0].startswith(f"{direction}_portable")]
-    return jobs + of_parts * few_queries
+    hopper = target == Target.named("sm_90a")
+    replaced = [
+        f"{direction}_portable"
+        for direction, backward in (("forward", False), ("backward", True))
+        if hopper and tuning.has_hopper(spec, backward=backward)
+    ]
+
+    def is_usual(job: Job) -> bool:
+        if job[0] == "forward_combine" or job[1].parts:
+            return few_queries
+        return not job[0].startswith(tuple(replaced))
+
+    return [job for job in jobs_of(spec, target, vector, ways) if is_usual(job)]
 
 
 def compile_first(jobs: Iterable[Job]) -> None:

@@ -246,6 +246,9 @@ def test_which_portable_backward_sums_dq(fields: dict[str, bool], sums: bool) ->
     assert spec.lean != sums
     names = tuning.kernels_of(spec, backward=True)
     assert ("backward_finish" in names, "backward_portable_dq" in names) == (sums, not sums)
+
+
+def test_where_no_portable_backward_sums_dq() -> None:
     assert tuning.served(_spec("float32", 64), 800).lean
     assert tuning.served(_spec("bfloat16", 256), 860).lean  # 64 queries and keys do not fit
     assert not tuning.served(_spec("bfloat16", 256), 800).lean
