@@ -143,7 +143,7 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
     for_each_tile<false>(p, smem, [&](const Work& work, const Band& band, Steps steps) {
         const Sequence& sequence = work.sequence;
         const int kv_first = work.tile * TILE.cols + warpgroup * 64;
-        const Elementwise elementwise{band, kv_first + warp * 16};
+        const Elementwise elementwise{band, work.tile * TILE.cols, kv_first + warp * 16};
         float dK[D / 8][4], dV[DV / 8][4];
 
         auto step = [&](const bool first) {  // a constant where it is inlined
@@ -155,6 +155,9 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
 
             // S^T and dP^T  [64, rows]
             float S[N][4], dP[N][4];
+            if (FOLD_SLOPE && steps.first_of_head()) {
+                slope_columns(lse_ones, scores.slope / scores.factor, warpgroup * 64 + warp * 16 + lane / 4);
+            }
             barrier_wait(smem.Q_full(ring.stage), ring.parity);
             barrier_wait(smem.statistics_full(ring.stage), ring.parity);
             wgmma_fence();

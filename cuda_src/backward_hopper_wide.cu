@@ -59,7 +59,7 @@ __device__ __forceinline__ void differentiate_values(const Params& p, const Layo
     Walk walk;
     for_each_tile<false>(p, smem, [&](const Work& work, const Band& band, Steps steps) {
         const int kv_first = work.tile * TILE.cols;
-        const Elementwise elementwise{band, kv_first + warp_row};
+        const Elementwise elementwise{band, kv_first, kv_first + warp_row};
         float dV[DV / 8][4];
 
         auto step = [&](const bool first) {  // a constant where it is inlined
@@ -69,6 +69,9 @@ __device__ __forceinline__ void differentiate_values(const Params& p, const Layo
 
             // S^T, P^T  [64, rows]
             float S[N][4];
+            if (FOLD_SLOPE && steps.first_of_head()) {
+                slope_columns(ones, scores.slope / scores.factor, warp_row + lane / 4);
+            }
             barrier_wait(smem.Q_full(walk.ring.stage), walk.ring.parity);
             barrier_wait(smem.statistics_full(walk.ring.stage), walk.ring.parity);
             wgmma_fence();
@@ -128,7 +131,7 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
     Walk walk;
     for_each_tile<false>(p, smem, [&](const Work& work, const Band& band, Steps steps) {
         const int kv_first = work.tile * TILE.cols;
-        const Elementwise elementwise{band, kv_first + warp_row};
+        const Elementwise elementwise{band, kv_first, kv_first + warp_row};
         float dK[D / 8][4];
 
         auto step = [&](const bool first) {  // a constant where it is inlined

@@ -23,7 +23,12 @@ constexpr int STATISTIC_BYTES = R * 16;
 
 // Whether the products subtract LSE and D: one step more of their contraction, of ones and of the statistics in three
 // bfloat16 terms, gives S - LSE / scale and dP - D. float16 has not the range.
-constexpr bool FOLD = !SPEC.softcap && !SPEC.alibi && !SPEC.dropout && SPEC.dtype == Dtype::bfloat16;
+//
+// ALiBi joins them. Of -slope |distance| the part of the query stands with its LSE; the part of the key, which has the
+// other sign, is another three terms, times one. That takes all keys of a step for keys behind their query, or all for
+// keys ahead; where the diagonal crosses the step, the keys ahead are made up for.
+constexpr bool FOLD = !SPEC.softcap && !SPEC.dropout && SPEC.dtype == Dtype::bfloat16;
+constexpr bool FOLD_SLOPE = FOLD && SPEC.alibi;
 // A stage is given back by a lane of each math warp where only products read it, by every thread where all read LSE and
 // D.
 constexpr int EMPTY_ARRIVALS = FOLD ? 8 : 256;
@@ -46,6 +51,9 @@ struct Steps {
           tile(DESCENDING ? tiles.last - 1 : tiles.first) {}
 
     __device__ __forceinline__ bool more() const { return head < last_head; }
+    __device__ __forceinline__ bool first_of_head() const {
+        return tile == (DESCENDING ? tiles.last - 1 : tiles.first);
+    }
     __device__ __forceinline__ void advance() {
         if (tile == (DESCENDING ? tiles.first : tiles.last - 1)) {
             tile = DESCENDING ? tiles.last - 1 : tiles.first;
@@ -196,10 +204,14 @@ __device__ __forceinline__ void split(float x, float (&term)[3]) {
     }
 }
 
+// Whether no query of a step is behind a key of the tile, where the first query is `behind` the first key.
+__device__ __forceinline__ bool all_ahead(int behind) { return behind + R - 1 <= 0; }
+
 // One warp: LSE and D of every step's rows, as the math warpgroups take them.
 template <typename Layout>
 __device__ __forceinline__ void load_statistics(const Params& p, const Layout& smem) {
     const int lane = threadIdx.x % 32;
+    const float inverse_scale = reciprocal_approximate(p.scale);
     Ring ring;
     for_each_tile<false>(p, smem, [&](const Work& work, const Band& band, Steps steps) {
         const Sequence& sequence = work.sequence;
@@ -207,25 +219,35 @@ __device__ __forceinline__ void load_statistics(const Params& p, const Layout& s
             const int q_first = steps.tile * R, rows = sequence.q_len - q_first;
             const float* lse_gmem = statistic_rows(p.lse, sequence.batch, sequence.q_start + q_first, steps.head);
             const float* delta_gmem = statistic_rows(p.delta, sequence.batch, sequence.q_start + q_first, steps.head);
-            float lse[R / 32], delta[R / 32];
+            // With FOLD what the product adds to S, else LSE, and D.
+            float side, addend[R / 32], delta[R / 32];
+            {
+                const int behind = q_first + band.offset - work.tile * TILE.cols;  // the first query the first key
+                side = all_ahead(behind) ? -1.0f : 1.0f;
+                const float slope =
+                    FOLD_SLOPE ? side * (1.0f / UNIT) * Scores(p, sequence.index, steps.head, 0).slope : 0.0f;
 #pragma unroll
-            for (int i = 0; i < R / 32; ++i) {
-                const int row = lane + 32 * i;
-                lse[i] = row < rows ? lse_gmem[row] : MINUS_INFINITY;
-                delta[i] = row < rows ? delta_gmem[row] : 0.0f;
+                for (int i = 0; i < R / 32; ++i) {
+                    const int row = lane + 32 * i;
+                    const float lse = row < rows ? lse_gmem[row] : MINUS_INFINITY;
+                    const float reference = lse == MINUS_INFINITY ? NEVER : lse;  // a row that attends to nothing
+                    const float of_query = FOLD_SLOPE ? slope * (behind + row) : 0.0f;
+                    addend[i] = FOLD ? -(reference + of_query) * inverse_scale : reference * UNIT;
+                    delta[i] = row < rows ? delta_gmem[row] : 0.0f;
+                }
             }
             barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
 #pragma unroll
             for (int i = 0; i < R / 32; ++i) {
                 const unsigned int row_smem = smem.statistics + ring.stage * STATISTIC_BYTES + (lane + 32 * i) * 16;
-                const float reference = lse[i] == MINUS_INFINITY ? NEVER : lse[i];  // a row that attends to nothing
                 if constexpr (FOLD) {
                     float s[3], d[3];
-                    split(-reference / p.scale, s);
+                    split(addend[i], s);
                     split(-delta[i], d);
-                    store_shared(row_smem, pack(s[0], s[1]), pack(s[2], d[0]), pack(d[1], d[2]), 0u);
+                    store_shared(row_smem, pack(s[0], s[1]), pack(s[2], d[0]), pack(d[1], d[2]),
+                                 FOLD_SLOPE ? pack(side, side) : 0u);
                 } else {
-                    store_shared(row_smem, __float_as_uint(reference * UNIT), __float_as_uint(delta[i]), 0u, 0u);
+                    store_shared(row_smem, __float_as_uint(addend[i]), __float_as_uint(delta[i]), 0u, 0u);
                 }
             }
             fence_async_proxy();
@@ -255,6 +277,19 @@ __device__ __forceinline__ void statistic_columns(unsigned int (&ones)[4], int f
     ones[2] = ones[3] = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(ones[i]));
+}
+
+// ALiBi in that operand: columns 6, 7 and 14, to which the statistics give the side, hold the slope, in the units of S,
+// times the key's place in the tile, in three terms. `kv_row` is the place of the lane's first key.
+__device__ __forceinline__ void slope_columns(unsigned int (&ones)[4], float slope, int kv_row) {
+    if (threadIdx.x % 4 != 3) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float term[3];
+        split(slope * (kv_row + 8 * half), term);
+        ones[half] = pack(term[0], term[1]);
+        ones[2 + half] = pack(term[2], 0.0f);
+    }
 }
 
 // X = A B^T  [64, rows], A [64, 16 STEPS] of a tile of keys and B [rows, 16 STEPS] of queries, asynchronous; with FOLD
@@ -296,7 +331,8 @@ __device__ __forceinline__ void issue_gradient(float (&X)[TILES][4], unsigned in
 // The elementwise stage of one warpgroup.
 struct Elementwise {
     const Band& band;
-    int warp_kv;  // the first key of this warp
+    int tile_kv;  // the first key of the tile
+    int warp_kv;  // and of this warp
 
     // LSE and D of this lane's two columns of accumulator tile n, in turn.
     __device__ __forceinline__ static float4 statistics(const Stage& stage, int n) {
@@ -311,12 +347,18 @@ struct Elementwise {
 
     __device__ __forceinline__ int kv_index(int r) const { return warp_kv + threadIdx.x % 32 / 4 + r / 2 * 8; }
 
+    // Whether keys of this warp are ahead of their query in a step that counts as behind.
+    __device__ __forceinline__ bool crossed(int q_first) const {
+        return !all_ahead(q_first + band.offset - tile_kv) && q_first + band.offset < warp_kv + 15;
+    }
+
     // S becomes P. With softcap its derivatives, 1 - tanh^2, are packed too.
     __device__ __forceinline__ void probabilities(float (&S)[N][4], unsigned int (&derivatives)[N][2],
                                                   const Scores& scores, const Stage& stage, int q_first,
                                                   bool cut) const {
         if constexpr (SPEC.softcap) tanh_of_tile<false>(S, scores.factor, scores.cap);
         const float distance = scores.distance(q_index(q_first, 0, 0), kv_index(0));
+        if (FOLD_SLOPE && crossed(q_first)) mirror_slope<1>(S, scores.slope / scores.factor, distance);
 #pragma unroll
         for (int n = 0; n < N; ++n) {
             float4 reference;

@@ -271,13 +271,26 @@ __device__ __forceinline__ void produce(const Params& p, const TensorMap& Q_map,
     }
 }
 
-// What ALiBi adds to a lane's exponents of a tile.
+// What ALiBi adds to a lane's exponents of a tile, -slope |distance|, in log2. Where all keys are behind their queries,
+// or all ahead, that is linear in the key; a tile that the diagonal crosses is taken as one behind it, and mirror_slope
+// makes up for the keys ahead. Keys are counted from the middle of the tile, which halves the largest rounding.
 struct Slope {
-    float slope;     // in log2
-    float distance;  // how far the lane's first query is behind its first key
+    static constexpr int MIDDLE = TILE.cols / 16 * 8;
 
-    __device__ __forceinline__ float of(int n, int r) const {
-        return -slope * fabsf(distance + (r / 2 * 8 - 8 * n - r % 2));
+    float slope;     // of the head
+    float slant;     // from one key to the next: `slope` behind the diagonal, its negative ahead
+    float distance;  // how far the lane's first query is behind the key in the middle
+
+    __device__ __forceinline__ void enter(float first_distance, bool ahead) {
+        slant = ahead ? -slope : slope;
+        distance = first_distance - MIDDLE;
+    }
+
+    // `x` and what the query in row half `half` has for the key in the middle; and what accumulator tile n adds to
+    // that.
+    __device__ __forceinline__ float row(int half, float x) const { return fmaf(-slant, distance + 8 * half, x); }
+    __device__ __forceinline__ float further(float row, int n, int r) const {
+        return fmaf(slant, 8 * n + r % 2 - MIDDLE, row);
     }
 };
 
@@ -297,7 +310,7 @@ struct Softmax {
 
     // A score in the units of m.
     __device__ __forceinline__ float score(const float (&S)[N][4], int n, int r) const {
-        return SPEC.alibi ? fmaf(S[n][r], factor, slope.of(n, r)) : S[n][r];
+        return SPEC.alibi ? fmaf(S[n][r], factor, slope.further(slope.row(r / 2, 0.0f), n, r)) : S[n][r];
     }
 
     // For other rows; the factor stays.
@@ -338,15 +351,19 @@ struct Softmax {
     __device__ __forceinline__ void exponentials(const float (&S)[N][4], float (&sum)[2], Use use) {
         // It looks new, or the compiler would keep what ALiBi adds to each element from one use to the next.
         if constexpr (SPEC.alibi) asm volatile("" : "+f"(slope.distance));
-        const float offset[2] = {m[0] == MINUS_INFINITY ? 0.0f : m[0] * unit(),
-                                 m[1] == MINUS_INFINITY ? 0.0f : m[1] * unit()};
-        sum[0] = sum[1] = 0.0f;
+        float row[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            row[half] = m[half] == MINUS_INFINITY ? 0.0f : -m[half] * unit();
+            if constexpr (SPEC.alibi) row[half] = slope.row(half, row[half]);
+            sum[half] = 0.0f;
+        }
 #pragma unroll
         for (int n = 0; n < N; ++n) {
             float p[4];
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
-                const float term = SPEC.alibi ? slope.of(n, r) - offset[r / 2] : -offset[r / 2];
+                const float term = SPEC.alibi ? slope.further(row[r / 2], n, r) : row[r / 2];
                 p[r] = exp2_approximate(fmaf(S[n][r], factor, term));
                 sum[r / 2] += p[r];
             }
@@ -560,7 +577,13 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
     auto finish = [&] {
         const bool cut = band.cuts(task.q_first + warpgroup * 64, 64, kv_first(), TILE.cols);
         finish_scores(S, scores, band, cut, task.q_first + warp_row, kv_first());
-        softmax.slope.distance = scores.distance(task.q_first + warp_row + lane / 4, kv_first() + lane % 4 * 2);
+        if constexpr (SPEC.alibi) {
+            const float distance = scores.distance(task.q_first + warp_row + lane / 4, kv_first() + lane % 4 * 2);
+            const int behind = task.q_first + warp_row + band.offset - kv_first();  // the first query the first key
+            const bool ahead = behind + 15 <= 0;                                    // all queries all keys
+            softmax.slope.enter(distance, ahead);
+            if (!ahead && behind < TILE.cols - 1) mirror_slope<-1>(S, scores.slope / softmax.factor, distance);
+        }
     };
     auto pack_into = [&](unsigned int (&P)[N / 2][4]) {
 #pragma unroll

@@ -133,3 +133,19 @@ struct Scores {
         return s;
     }
 };
+
+// Where ALiBi has taken all keys of a tile for keys behind their query, as -slope distance: those ahead, at a negative
+// distance, get what is missing to -slope |distance|, twice the slope times the distance. The slope is in the units of
+// X, `distance` that of the lane's first element; a column further adds STEP to it (1: a query; -1: a key), and a row
+// further takes it away.
+template <int STEP, int TILES>
+__device__ __forceinline__ void mirror_slope(float (&X)[TILES][4], float slope, float distance) {
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const float further = STEP * (8 * n + r % 2 - r / 2 * 8);
+            X[n][r] = fmaf(2.0f * slope, fminf(distance + further, 0.0f), X[n][r]);
+        }
+    }
+}

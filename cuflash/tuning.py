@@ -121,13 +121,13 @@ _WITH_DENSE = {
     ("backward_portable_dq", 4, 256): ((32, 16, 1, 8, 4, 1), (16, 16, 1, 8, 8, 1)),
 }
 # Tiles of the Hopper forward: a producer warpgroup and one for every 64 rows. Its head dimensions are padded to whole
-# panels of 64 columns. Registers decide the keys a tile, here by padded head_dim_v, without ALiBi, with it, and with it
-# and dropout: of 240 a lane keeps cols / 2 of S, cols / 4 of each of two sets of P and head_dim_v / 2 of O.
+# panels of 64 columns. Registers decide the keys a tile, here by padded head_dim_v, without and with ALiBi: of 240 a
+# lane keeps cols / 2 of S, cols / 4 of each of two sets of P and head_dim_v / 2 of O.
 _HOPPER_FORWARD_COLS = {
-    64: (128, 128, 128),  # 64 + 2 * 32 + 32
-    128: (128, 112, 112),  # 64 + 2 * 32 + 64
-    192: (112, 80, 80),  # 56 + 2 * 28 + 96
-    256: (64, 64, 32),  # 32 + 2 * 16 + 128
+    64: (128, 128),  # 64 + 2 * 32 + 32
+    128: (128, 128),  # 64 + 2 * 32 + 64
+    192: (112, 96),  # 56 + 2 * 28 + 96
+    256: (64, 64),  # 32 + 2 * 16 + 128
 }
 # Tiles of the Hopper backward as (rows, cols, stages, warps), by kernel and head dimension: a producer warpgroup and
 # two that compute. Registers of a lane: in dK and dV together head_dim (wide: head_dim / 2, one of the two a
@@ -304,7 +304,7 @@ def _hopper_forward_tile(spec: Spec, vector: int) -> Tile:
     long = _long_score_stage(spec)
     # Narrow heads have registers for three warpgroups of 160 each, which hide more: 64 + 32 + 32.
     groups = 3 if max(spec.head_dim, spec.head_dim_v) <= 64 and not long else 2
-    for cols in range(_HOPPER_FORWARD_COLS[_whole_panels(spec.head_dim_v)][spec.alibi * (1 + spec.dropout)], 0, -16):
+    for cols in range(_HOPPER_FORWARD_COLS[_whole_panels(spec.head_dim_v)][spec.alibi], 0, -16):
         # Room for the next task's Q too, as far as shared memory allows.
         for q_slots in range(2 * groups, groups - 1, -1):
             tile = Tile(
