@@ -43,7 +43,7 @@ KERNEL(backward_finish, 0)(ARGUMENT(Params) p) {
         first = work.tile * R + block * 64 % R;
         q_len = work.sequence.q_len;
     }
-    const float4* sum_gmem = reinterpret_cast<const float4*>(p.dq_sum + piece * PIECE);
+    const float4* sum_gmem = reinterpret_cast<const float4*>(p.dq_sum + piece * PIECE_SIZE);
     const int warp = threadIdx.x / 32, j = threadIdx.x % 8;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -16,13 +16,12 @@
 
 constexpr bool WITH_DQ = !SPEC.lean;
 constexpr int GROUPS = 2;              // warpgroups that compute
-constexpr int PIECE = 64 * 64;         // elements of a piece of dQ
 constexpr int PIECES_ACROSS = D / 64;  // of a row of dQ
 // Slots for dS, which let the warpgroups drift apart, and for a warpgroup's pieces of dQ, of which a second lets it go
 // on while the first waits for its turn.
 constexpr int DQ_SLOTS = SPEC.deterministic && R == 64 ? 2 : 1;
 constexpr int DS_SLOTS = DQ_SLOTS == 1 && R == 64 ? 3 : 2;
-constexpr int DS_BYTES = R * TILE.cols * 2, DQ_BYTES = PIECE * 4;
+constexpr int DS_BYTES = R * TILE.cols * 2, DQ_BYTES = PIECE_SIZE * 4;
 // The producer warps would like 40 registers; where the math warpgroups need 240, they make do with 24.
 constexpr bool WIDE_PRODUCER = D == 128 && !FOLD && !SPEC.softcap && !SPEC.dropout;
 constexpr int PRODUCER_REGISTERS = WIDE_PRODUCER ? 40 : 24, MATH_REGISTERS = WIDE_PRODUCER ? 232 : 240;
@@ -75,7 +74,7 @@ __device__ __forceinline__ void add_dq(const Params& p, const Layout& smem, int 
             __syncwarp();
             named_barrier_wait(DQ_FULL + dq_slot(slot, warpgroup), 160);
             if (leader) {
-                reduce_add_bulk(p.dq_sum + piece * PIECE, smem.dQ + dq_slot(slot, warpgroup) * DQ_BYTES, DQ_BYTES);
+                reduce_add_bulk(p.dq_sum + piece * PIECE_SIZE, smem.dQ + dq_slot(slot, warpgroup) * DQ_BYTES, DQ_BYTES);
                 bulk_commit();
                 bulk_wait_read();
             }

@@ -16,8 +16,7 @@ constexpr int WARP_ROWS = TILE.cols / (TILE.warps / TILE.split);  // keys
 constexpr int M = WARP_ROWS / 16;
 constexpr bool SUMS_DQ = !SPEC.lean;
 static_assert(!SUMS_DQ || !(LONG_STAGE || IS_FLOAT32));
-// With one stage a step's Q and dO come under the product that is dQ of the step before.
-constexpr bool LOADS_LATE = SUMS_DQ && TILE.stages == 1;
+static_assert(!SUMS_DQ || TILE.stages == 1, "a step's Q and dO come under the product that is dQ of the step before");
 constexpr bool EXCHANGES = SUMS_DQ && TILE.split > 1;                     // P^T and dS^T, among warps that share keys
 constexpr int OWN_ROWS = EXCHANGES ? TILE.rows / TILE.split : TILE.rows;  // queries of this warp
 constexpr int N = OWN_ROWS / 8;                                           // across S^T
@@ -90,9 +89,9 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                             p.k.row_stride, kv_rows);
     load_tile<TILE.cols, DV>(V_smem, head_rows(p.v, sequence.batch, sequence.kv_start + kv_first, work.head),
                              p.v.row_stride, kv_rows);
-    for (int stage = 0; stage < (LOADS_LATE ? 1 : TILE.stages - 1); ++stage) load_step(stage);
+    for (int stage = 0; stage < (SUMS_DQ ? 1 : TILE.stages - 1); ++stage) load_step(stage);
     for (int step = 0; step < steps; ++step) {
-        if constexpr (LOADS_LATE) {
+        if constexpr (SUMS_DQ) {
             copy_async_wait<0>();
             __syncthreads();
         } else {
@@ -204,10 +203,8 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                 multiply_stored<D, OWN_ROWS / 16, SCORE_PITCH, false>(dK, dS_smem + score,
                                                                       Q_slice + row * row_pitch(D));
             }
-            if constexpr (LOADS_LATE) {
-                if constexpr (EXCHANGES) __syncthreads();  // everyone is done with Q and dO
-                load_step(step + 1);
-            }
+            if constexpr (EXCHANGES) __syncthreads();  // everyone is done with Q and dO
+            load_step(step + 1);
             add_dq<D, SCORE_PITCH>(p, sequence, head, tiles.first + step % tiles_a_head, dS_smem, K_smem);
         }
     }

@@ -52,10 +52,9 @@ struct Band {
 
     // Which keys of a lane's columns, the first of them kv_index, a query may attend to.
     __device__ __forceinline__ unsigned int keys_of(int q_index, int kv_index) const {
-        const int position = q_index + offset;
-        const int stop = SPEC.bounded_right ? min(kv_len, position + right + 1) : kv_len;
-        unsigned int allowed = q_index < q_len ? columns_before(stop - kv_index) : 0;
-        if constexpr (SPEC.bounded_left) allowed &= ~columns_before(position - left - kv_index);
+        const ColumnRange columns = columns_of(q_index, kv_index);
+        unsigned int allowed = q_index < q_len ? columns_before(columns.last) : 0;
+        if constexpr (SPEC.bounded_left) allowed &= ~columns_before(columns.first);
         return allowed;
     }
 

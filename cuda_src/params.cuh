@@ -38,8 +38,8 @@ struct CommonParams {
     RowStatistic lse;          // natural log of the softmax's denominator
     RowStatistic dlse;         // gradient of the LSE; may be null
     RowStatistic delta;        // D = rowsum(dO * O) - dLSE
-    float* dq_sum;             // dQ / scale where a kernel sums it, zero before: pieces [batch, heads, q_len / 64,
-                               // head_dim / 64] of [64, 64], each in the order of accumulators; may be null
+    float* dq_sum;             // dQ / scale where a kernel sums it, zero before: pieces [batch, heads, q_len / PIECE,
+                               // head_dim / PIECE] of [PIECE, PIECE], each in the order of accumulators; may be null
     int* dq_turns;             // deterministic: how many tiles of keys have added to a piece, zero before
     int* tickets;              // one counter: how many tasks the thread blocks of a Hopper kernel have taken
     int* tasks;                // packed: the tasks of the Hopper kernels (list.cuh)
@@ -94,5 +94,8 @@ struct DenseParams<true> {
     long long dbias_size;  // elements of dbias
     int bias_float32;      // flag: bias and dbias are float32 (else the dtype of q)
 };
+
+constexpr int PIECE = 64;  // rows and columns of a piece of dq_sum
+constexpr int PIECE_SIZE = PIECE * PIECE;
 
 struct Params : CommonParams, DenseParams<DENSE> {};

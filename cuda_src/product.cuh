@@ -64,6 +64,20 @@ __device__ __forceinline__ void multiply_add(float (&acc)[4], const Fragment<4>&
     }
 }
 
+// Accumulator tiles n and n + 1 of acc [16 M, 8 N] += A [16 M, K_STEP] B [K_STEP, 16], B as one load gave it.
+template <bool WITH_LOW_LOW, int M, int N>
+__device__ __forceinline__ void multiply_pair(float (&acc)[M][N][4], int n, const Fragment<4> (&a)[M],
+                                              const unsigned int (&raw)[4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        Fragment<2> b;
+        b.set(0, raw[2 * half]);
+        b.set(1, raw[2 * half + 1]);
+#pragma unroll
+        for (int m = 0; m < M; ++m) multiply_add<WITH_LOW_LOW>(acc[m][n + half], a[m], b);
+    }
+}
+
 // acc [16 M, 8 N] += A [16 M, DIM] B [8 N, DIM]^T; rows in shared memory from the given addresses on.
 template <int DIM, int UNROLLED = STEPS_UNROLLED, int M, int N>
 __device__ __forceinline__ void multiply_nt(float (&acc)[M][N][4], unsigned int a_smem, unsigned int b_smem) {
@@ -86,14 +100,7 @@ __device__ __forceinline__ void multiply_nt(float (&acc)[M][N][4], unsigned int 
         for (int n = 0; n < N; n += 2) {
             unsigned int raw[4];
             load_matrix_x4(raw, b_lane + n * 8 * PITCH + step * 32);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                Fragment<2> b;
-                b.set(0, raw[2 * half]);
-                b.set(1, raw[2 * half + 1]);
-#pragma unroll
-                for (int m = 0; m < M; ++m) multiply_add<true>(acc[m][n + half], a[m], b);
-            }
+            multiply_pair<true>(acc, n, a, raw);
         }
     }
 }
@@ -165,14 +172,7 @@ __device__ __forceinline__ void multiply_nn(float (&acc)[M][N][4], const Accumul
             for (int n = 0; n < N; n += 2) {
                 unsigned int raw[4];
                 load_matrix_x4_transposed(raw, b_lane + n * 16);
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    Fragment<2> b;
-                    b.set(0, raw[2 * half]);
-                    b.set(1, raw[2 * half + 1]);
-#pragma unroll
-                    for (int m = 0; m < M; ++m) multiply_add<false>(acc[m][n + half], a[m], b);
-                }
+                multiply_pair<false>(acc, n, a, raw);
             }
         }
     }
@@ -203,14 +203,7 @@ __device__ __forceinline__ void multiply_stored(float (&acc)[M][N][4], unsigned 
         for (int n = 0; n < N; n += 2) {
             unsigned int raw[4];
             load_matrix_x4_transposed(raw, b_lane + step * 16 * PITCH + n * 16);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                Fragment<2> b;
-                b.set(0, raw[2 * half]);
-                b.set(1, raw[2 * half + 1]);
-#pragma unroll
-                for (int m = 0; m < M; ++m) multiply_add<false>(acc[m][n + half], a[m], b);
-            }
+            multiply_pair<false>(acc, n, a, raw);
         }
     }
 }

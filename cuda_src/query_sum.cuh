@@ -6,7 +6,6 @@
 #include "copy.cuh"
 #include "schedule.cuh"
 
-constexpr int PIECE = 64 * 64;
 constexpr bool LANES_APART = __CUDA_ARCH__ >= 900;  // by four numbers
 
 // An accumulator tile of a warp is added to the one in memory.
@@ -35,7 +34,7 @@ __device__ __forceinline__ void add_dq(const Params& p, const Sequence& sequence
     const int warp = threadIdx.x / 32, row = warp % DOWN * 32;
     const long long pair = static_cast<long long>(sequence.batch) * p.heads + head;
     const long long tile = pair * p.q_tiles + first_tile<TILE.rows>(sequence) + q_tile;
-    float* pieces = p.dq_sum + (tile * PIECES + row / 64) * PANELS * PIECE + row % 64 / 16 * 128;
+    float* pieces = p.dq_sum + (tile * PIECES + row / 64) * PANELS * PIECE_SIZE + row % 64 / 16 * 128;
 #pragma unroll 1
     for (int block = warp / DOWN * OWN; block < (warp / DOWN + 1) * OWN; block += BLOCKS) {
         float dQ[2][2 * BLOCKS][4] = {};
@@ -44,7 +43,7 @@ __device__ __forceinline__ void add_dq(const Params& p, const Sequence& sequence
         for (int n = 0; n < 2 * BLOCKS; ++n) {
             const int across = 2 * block + n;
             if (8 * across >= D) continue;
-            float* column = pieces + across / 8 * PIECE + across % 8 * 4 * 128;
+            float* column = pieces + across / 8 * PIECE_SIZE + across % 8 * 4 * 128;
             add_accumulators(column, dQ[0][n]);
             add_accumulators(column + 128, dQ[1][n]);
         }
