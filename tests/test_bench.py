@@ -458,6 +458,20 @@ def test_names_of_files(gpu: str | None, name: str, tmp_path: Path) -> None:
     assert results.read(path) == record_of(gpu)
 
 
+def test_an_older_gpus_kernels_have_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(name="NVIDIA H200", on_gpu=True, dtype="bfloat16", xp=np)
+    table = Table(name="forward", quantity="speed", workloads=())
+    own = {**results.new(table, gpu, {}, {}), "rows": record_of("NVIDIA H200")["rows"]}
+    monkeypatch.setenv("CUFLASH_FORCE_ARCH", "sm_80")
+    forced = {**results.new(table, gpu, {}, {}), "rows": record_of("NVIDIA H200")["rows"]}
+    forced["rows"][0]["cuflash"] = 0.125
+    assert results.write(forced, tmp_path).name == "h200_as_sm_80_forward.json"
+    assert results.write(own, tmp_path).name == "h200_forward.json"
+    assert [record for _, record in results.stored(tmp_path)] == [own, forced]
+    assert results.device_of(forced) == "NVIDIA H200 as sm_80"
+    assert "0.12" not in readme.section(tmp_path, tmp_path)  # README is of the kernels that the GPU gets
+
+
 def test_another_devices_results_are_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "cpu_forward.json"
     path.write_text(json.dumps(record_of("NVIDIA H200")), encoding="utf-8")

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cuflash.bench.peers import OURS, PEERS
-from cuflash.bench.results import OUT_OF_MEMORY, contestants
+from cuflash.bench.results import OUT_OF_MEMORY, contestants, device_of
 from cuflash.bench.workloads import UNITS
 from cuflash.demo.report import format_bytes, format_tokens
 
@@ -33,8 +33,7 @@ def draw(record: dict[str, Any]) -> Figure:
     lines = {line.get_label(): line for panel in panels for line in panel.get_lines()}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     what = "peak memory" if record["unit"] == UNITS["memory"] else record["unit"]
-    device = record["gpu"] or record["cpu"]
-    figure.suptitle(f"{record['table'].replace('_', ' ')}: {what}, {device}, {record['date']}")
+    figure.suptitle(f"{record['table'].replace('_', ' ')}: {what}, {device_of(record)}, {record['date']}")
     return figure
 
 

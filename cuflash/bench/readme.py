@@ -84,7 +84,8 @@ def _markers(text: str) -> list[tuple[str, str]]:
 
 
 def _by_gpu(folder: Path) -> list[tuple[str, list[_Pair]]]:
-    found = [(path, record) for path, record in results.stored(folder) if record["gpu"] is not None]
+    own = lambda record: record["gpu"] is not None and "path" not in record  # noqa: E731
+    found = [(path, record) for path, record in results.stored(folder) if own(record)]
     if not found:
         raise ValueError(f"json: got {folder}, which holds no results of a GPU; allowed: a folder with some")
     return [(gpu, list(pairs)) for gpu, pairs in groupby(found, lambda pair: pair[1]["gpu"])]

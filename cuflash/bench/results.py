@@ -28,6 +28,7 @@ def new(table: Table, device: Cpu | Gpu, missing: dict[str, str], ceiling: dict[
         "table": table.name,
         "gpu": device.name if device.on_gpu else None,
         **({} if device.on_gpu else {"cpu": device.name}),
+        **({"path": forced} if device.on_gpu and (forced := os.environ.get("CUFLASH_FORCE_ARCH")) else {}),
         "date": datetime.now(timezone.utc).date().isoformat(),
         **{name: version for name in _LIBRARIES if (version := machine.version_of(name)) is not None},
         **_gpu_libraries(device),
@@ -41,9 +42,15 @@ def new(table: Table, device: Cpu | Gpu, missing: dict[str, str], ceiling: dict[
     return record
 
 
+def device_of(record: dict[str, Any]) -> str:
+    """The device for people: NVIDIA H200, or NVIDIA H200 as sm_80 where an older GPU's kernels were measured on it."""
+    forced = f" as {record['path']}" if "path" in record else ""
+    return (record["gpu"] or record.get("cpu", "a CPU")) + forced
+
+
 def path_of(folder: Path, record: dict[str, Any]) -> Path:
-    """Where the record belongs: h200_forward.json, cpu_forward.json."""
-    name = record["gpu"] or "cpu"
+    """Where the record belongs: h200_forward.json, h200_as_sm_80_forward.json, cpu_forward.json."""
+    name = device_of(record) if record["gpu"] else "cpu"
     device = re.sub(r"\W+", "_", re.sub(r"^((nvidia|tesla|geforce) )+", "", name.lower())).strip("_")
     return folder / f"{device}_{record['table']}.json"
 
@@ -131,7 +138,7 @@ def stored(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         for path in folder.glob(f"*_{table}.json"):
             record = {**read(path), "table": table}  # the oldest files do not say it
             if path_of(folder, record) == path:
-                found.append((record["gpu"] or "", order, path, record))
+                found.append((device_of(record) if record["gpu"] else "", order, path, record))
     for _, _, path, record in sorted(found, key=lambda entry: entry[:2]):
         yield path, record
 
