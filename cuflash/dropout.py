@@ -9,15 +9,15 @@ P, chosen so that a lane of a tensor-core accumulator finds its elements in one 
     counter  = (8 a + g, 4 b + c, head, batch);  word 2 (t // 2) + s, and where t is odd, rotated left by eight bits;
                its low half for u = 0, the high half for u = 1
 
-An element's number is the low 15 bits of its half. Of dropped and kept elements those are drawn, by numbers below a
-limit, which are not the more: with n = round(32768 dropout_p) an element is dropped when its number is below n, or, where
-n is above 16384, kept when its number is below 32768 - n. (So the limit is one that kernels can compare as float16.)
-Indices are local to the sequence, and batch is the index of the sequence when sequences are packed.
+An element's number is the low 15 bits of its half, and n = round(32768 dropout_p) of the 32768 numbers mean that it is
+dropped: those below n, or, where n is above 16384, all but those below 32768 - n. (So the limit is never above 16384,
+and kernels can compare with it as float16.) Indices are local to the sequence, and batch is the index of the sequence
+when sequences are packed.
 
-So every byte of a word is the upper byte of one number and the lower byte of another, which two elements in one row share.
-The lower byte only decides where the upper 7 bits are just those of the limit. Each element is dropped with probability
-n / 32768 exactly, given random words, elements that share no byte are independent, and the drops of two that share one
-are correlated by at most 1 / 257.
+So every byte of a word is the upper byte of one number and the lower byte of another, which belong to elements 7 to 9
+keys apart. A lower byte decides only where the upper one, its top bit aside, equals that of the limit. With random
+words, an element is dropped with probability n / 32768 exactly, elements that share no byte are independent, and the
+drops of two that share one are correlated by at most 1 / 257.
 """
 
 from __future__ import annotations

@@ -121,12 +121,12 @@ _WITH_DENSE = {
     ("backward_portable_dq", 4, 256): ((32, 16, 1, 8, 4, 1), (16, 16, 1, 8, 8, 1)),
 }
 # Tiles of the Hopper forward: a producer warpgroup and one for every 64 rows. Its head dimensions are padded to whole
-# panels of 64 columns. Registers decide the keys a tile, here by padded head_dim_v, without ALiBi, with it, and with it
-# and dropout: of 240 a lane keeps cols / 2 of S, cols / 4 of each of two sets of P and head_dim_v / 2 of O.
+# panels of 64 columns. Registers decide the keys a tile, here by padded head_dim_v, without ALiBi, with it, and with
+# softcap and dropout too: of 240 a lane keeps cols / 2 of S, cols / 4 of each of two sets of P and head_dim_v / 2 of O.
 _HOPPER_FORWARD_COLS = {
     64: (128, 128, 128),  # 64 + 2 * 32 + 32
-    128: (128, 112, 112),  # 64 + 2 * 32 + 64
-    192: (112, 80, 80),  # 56 + 2 * 28 + 96
+    128: (128, 112, 96),  # 64 + 2 * 32 + 64
+    192: (112, 80, 64),  # 56 + 2 * 28 + 96
     256: (64, 64, 32),  # 32 + 2 * 16 + 128
 }
 # Tiles of the Hopper backward as (rows, cols, stages, warps), by kernel and head dimension: a producer warpgroup and
@@ -304,8 +304,9 @@ def _hopper_forward_tile(spec: Spec, vector: int) -> Tile:
     long = _long_score_stage(spec)
     # Narrow heads have registers for three warpgroups of 160 each, which hide more: 64 + 32 + 32.
     groups = 3 if max(spec.head_dim, spec.head_dim_v) <= 64 and not long else 2
-    most = _HOPPER_FORWARD_COLS[_whole_panels(spec.head_dim_v)][spec.alibi * (1 + spec.dropout)]
-    unit = 32 if spec.dropout else 16  # keys of a product, or those that share random numbers
+    crowd = 2 if _score_options(spec) == 3 else int(spec.alibi)
+    most = _HOPPER_FORWARD_COLS[_whole_panels(spec.head_dim_v)][crowd]
+    unit = 32 if spec.dropout else 16  # keys of a step of O += P V, and with dropout those of a Philox counter
     for cols in range(most // unit * unit, 0, -unit):
         # Room for the next task's Q too, as far as shared memory allows.
         for q_slots in range(2 * groups, groups - 1, -1):
