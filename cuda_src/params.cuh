@@ -58,14 +58,15 @@ struct CommonParams {
     int group;  // heads / kv_heads
     int q_len;  // packed: the total of all rows
     int kv_len;
-    int q_tiles;                     // tiles of a head's queries (packed: an upper bound for all sequences)
-    int kv_tiles;                    // tiles of a head's keys
-    int section_heads;               // heads whose tiles are worked on together, the longest first
-    int parts, part_tiles;           // into how many parts the keys are divided, and the tiles of one
-    int left, right;                 // the mask keeps -left <= kv_pos - q_pos <= right
-    unsigned int dropout_threshold;  // an element of P is dropped when its 15-bit number is below
-    float dropout_scale;             // 1 / (1 - dropout_p)
-    float scale;                     // of the scores
+    int q_tiles;                 // tiles of a head's queries (packed: an upper bound for all sequences)
+    int kv_tiles;                // tiles of a head's keys
+    int section_heads;           // heads whose tiles are worked on together, the longest first
+    int parts, part_tiles;       // into how many parts the keys are divided, and the tiles of one
+    int left, right;             // the mask keeps -left <= kv_pos - q_pos <= right
+    unsigned int dropout_limit;  // in both halves: an element of P is drawn when its 15-bit number is below
+    unsigned int dropout_flip;   // what makes ones of kept elements of ones of drawn ones, by XOR: 0, or all ones
+    float dropout_scale;         // 1 / (1 - dropout_p)
+    float scale;                 // of the scores
     float softcap;
     int cu_seqlens_int64;                    // flags: cu_seqlens are int64,
     int alibi_float32;                       // alibi_slopes are float32 (else the dtype of q),

@@ -81,7 +81,7 @@ def flash_attention(
     dropout_p : float in [0, 1)
         Probability to drop an element of P; kept ones are divided by 1 - dropout_p and the LSE is untouched. The mask
         is a function of seed, batch, head and indices alone (Philox4x32-7; see cuflash.dropout), with dropout_p
-        rounded to a multiple of 2^-16 for the draw.
+        rounded to a multiple of 2^-15 for the draw.
     seed : int in [0, 2^64)
         Required with dropout; give the same to the backward.
     return_lse : bool

@@ -1,15 +1,23 @@
 """Dropout of P by a counter-based generator: the same mask forward and backward, on every backend, for every tiling.
 
 Philox4x32-7 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), by whom seven
-rounds are the fewest that no test told from chance. The key is the 64-bit seed. One counter serves eight elements of P,
-one 16-bit number each, chosen so that a lane of a tensor-core accumulator finds its elements in one counter:
+rounds are the fewest that no test told from chance. The key is the 64-bit seed. One counter serves sixteen elements of
+P, chosen so that a lane of a tensor-core accumulator finds its elements in one counter:
 
-    q_index  = 16 a + 8 s + g      (s in 0..1, g in 0..7)
-    kv_index = 16 b + 8 t + 2 c + u (t in 0..1, c in 0..3, u in 0..1)
-    counter  = (8 a + g, 4 b + c, head, batch);  word 2 s + t;  its low half for u = 0, the high half for u = 1
+    q_index  = 16 a + 8 s + g       (s in 0..1, g in 0..7)
+    kv_index = 32 b + 8 t + 2 c + u (t in 0..3, c in 0..3, u in 0..1)
+    counter  = (8 a + g, 4 b + c, head, batch);  word 2 (t // 2) + s, and where t is odd, rotated left by eight bits;
+               its low half for u = 0, the high half for u = 1
 
-An element is dropped when the low 15 bits of its number are below round(32768 dropout_p). Indices are local to the
-sequence, and batch is the index of the sequence when sequences are packed.
+An element's number is the low 15 bits of its half, and n = round(32768 dropout_p) of the 32768 numbers mean that it is
+dropped: those below n, or, where n is above 16384, all but those below 32768 - n. (So the limit is never above 16384,
+and kernels can compare with it as float16.) Indices are local to the sequence, and batch is the index of the sequence
+when sequences are packed.
+
+So every byte of a word is the upper byte of one number and the lower byte of another, which belong to elements 7 to 9
+keys apart. A lower byte decides only where the upper one, its top bit aside, equals that of the limit. With random
+words, an element is dropped with probability n / 32768 exactly, elements that share no byte are independent, and the
+drops of two that share one are correlated by at most 1 / 257.
 """
 
 from __future__ import annotations
@@ -50,8 +58,14 @@ def round_keys(seed: int, rounds: int = ROUNDS) -> tuple[int, ...]:
 
 
 def threshold(dropout_p: float) -> int:
-    """The 15-bit number below which an element is dropped."""
+    """How many of the 32768 numbers mean that an element is dropped."""
     return round(dropout_p * 32768)
+
+
+def limit(dropout_p: float) -> tuple[int, bool]:
+    """The number below which an element is drawn, and whether those that are drawn are kept (else dropped)."""
+    dropped = threshold(dropout_p)
+    return (32768 - dropped, True) if dropped > 16384 else (dropped, False)
 
 
 def keep_mask(
@@ -59,15 +73,18 @@ def keep_mask(
 ) -> np.ndarray:
     """Which elements of P[batch, head, q_start:q_stop, kv_start:kv_stop] are kept: bool [rows, cols]."""
     a0, a1 = q_start // 16, -(-q_stop // 16)
-    b0, b1 = kv_start // 16, -(-kv_stop // 16)
+    b0, b1 = kv_start // 32, -(-kv_stop // 32)
     rows = np.arange(8 * a0, 8 * a1)[:, None]
     cols = np.arange(4 * b0, 4 * b1)[None, :]
     words = philox4x32((rows, cols, np.uint64(head), np.uint64(batch)), (seed & 0xFFFFFFFF, seed >> 32))
-    numbers = np.empty((a1 - a0, 2, 8, b1 - b0, 2, 4, 2), dtype=np.uint16)
+    numbers = np.empty((a1 - a0, 2, 8, b1 - b0, 4, 4, 2), dtype=np.uint16)
     for s in range(2):
-        for t in range(2):
-            word = words[2 * s + t].reshape(a1 - a0, 8, b1 - b0, 4)
-            numbers[:, s, :, :, t, :, 0] = word & np.uint64(0x7FFF)
-            numbers[:, s, :, :, t, :, 1] = word >> np.uint64(16) & np.uint64(0x7FFF)
-    keep = numbers.reshape(16 * (a1 - a0), 16 * (b1 - b0)) >= threshold(dropout_p)
-    return keep[q_start - 16 * a0 : q_stop - 16 * a0, kv_start - 16 * b0 : kv_stop - 16 * b0]
+        for t in range(4):
+            word = words[2 * (t // 2) + s].astype(np.uint32).reshape(a1 - a0, 8, b1 - b0, 4)
+            if t % 2:
+                word = word << np.uint32(8) | word >> np.uint32(24)
+            numbers[:, s, :, :, t, :, 0] = word & np.uint32(0x7FFF)
+            numbers[:, s, :, :, t, :, 1] = word >> np.uint32(16) & np.uint32(0x7FFF)
+    below, keeps = limit(dropout_p)
+    keep = (numbers.reshape(16 * (a1 - a0), 32 * (b1 - b0)) < below) == keeps
+    return keep[q_start - 16 * a0 : q_stop - 16 * a0, kv_start - 32 * b0 : kv_stop - 32 * b0]

@@ -304,7 +304,9 @@ def _hopper_forward_tile(spec: Spec, vector: int) -> Tile:
     long = _long_score_stage(spec)
     # Narrow heads have registers for three warpgroups of 160 each, which hide more: 64 + 32 + 32.
     groups = 3 if max(spec.head_dim, spec.head_dim_v) <= 64 and not long else 2
-    for cols in range(_HOPPER_FORWARD_COLS[_whole_panels(spec.head_dim_v)][spec.alibi], 0, -16):
+    most = _HOPPER_FORWARD_COLS[_whole_panels(spec.head_dim_v)][spec.alibi]
+    unit = 32 if spec.dropout else 16  # keys of a step of O += P V, and with dropout those of a Philox counter
+    for cols in range(most // unit * unit, 0, -unit):
         # Room for the next task's Q too, as far as shared memory allows.
         for q_slots in range(2 * groups, groups - 1, -1):
             tile = Tile(

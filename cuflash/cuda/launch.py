@@ -61,7 +61,7 @@ COMMON_PARAMS = (
     *((f"keys.r{number}", "Q") for number in range(dropout.ROUNDS)),
     *((name, "i") for name in ("batch", "heads", "group", "q_len", "kv_len", "q_tiles", "kv_tiles", "section_heads",
                              "parts", "part_tiles", "left", "right")),
-    ("dropout_threshold", "I"), ("dropout_scale", "f"), ("scale", "f"), ("softcap", "f"),
+    ("dropout_limit", "I"), ("dropout_flip", "I"), ("dropout_scale", "f"), ("scale", "f"), ("softcap", "f"),
     *((name, "i") for name in ("cu_seqlens_int64", "alibi_float32", "sinks_float32", "dq_float32", "dk_float32",
                                "dv_float32", "accumulate")),
 )  # fmt: skip
@@ -678,6 +678,7 @@ def _params(
 ) -> dict[str, int | float]:
     """The fields of struct Params, by the names of PARAMS and in their order; the pointers are 0."""
     left, right = _bounds(problem)
+    limit, keeps = dropout.limit(problem.dropout_p)
     values: dict[str, Any] = dict.fromkeys((name for name, _ in PARAMS), 0)
     for name, fields in (
         *((name, ("batch_stride", "row_stride", "head_stride")) for name in TENSORS),
@@ -713,7 +714,8 @@ def _params(
         "part_tiles": division.tiles,
         "left": left,
         "right": right,
-        "dropout_threshold": dropout.threshold(problem.dropout_p),
+        "dropout_limit": limit * 0x10001,
+        "dropout_flip": 0 if keeps else 0xFFFFFFFF,
         "dropout_scale": 1 / (1 - problem.dropout_p),
         "scale": problem.scale,
         "softcap": problem.softcap or 0.0,

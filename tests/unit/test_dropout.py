@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cuflash.dropout import keep_mask, philox4x32, threshold
+from cuflash.dropout import keep_mask, limit, philox4x32, threshold
 
 ONES = 0xFFFFFFFF
 
@@ -53,17 +53,21 @@ def test_arrays_of_counters():
 def one_element(seed: int, dropout_p: float, batch: int, head: int, q_index: int, kv_index: int) -> bool:
     """The scheme of cuflash.dropout, spelt out for one element of P: what every kernel must draw too."""
     a, s, g = q_index // 16, q_index // 8 % 2, q_index % 8
-    b, t, c, u = kv_index // 16, kv_index // 8 % 2, kv_index // 2 % 4, kv_index % 2
+    b, t, c, u = kv_index // 32, kv_index // 8 % 4, kv_index // 2 % 4, kv_index % 2
     words = philox4x32((8 * a + g, 4 * b + c, head, batch), (seed % 2**32, seed // 2**32))
-    word = int(words[2 * s + t])
-    number = word // 2**16 if u else word
-    return number % 2**15 >= round(32768 * dropout_p)
+    word = int(words[2 * (t // 2) + s])
+    if t % 2:
+        word = word * 2**8 % 2**32 + word // 2**24
+    number = (word // 2**16 if u else word) % 2**15
+    dropped = round(32768 * dropout_p)
+    return number < 32768 - dropped if dropped > 16384 else number >= dropped
 
 
-def test_the_scheme_element_by_element():
+@pytest.mark.parametrize("dropout_p", [0.4, 0.8])
+def test_the_scheme_element_by_element(dropout_p: float):
     seed, place = 0xA4093822299F31D0, (3, 5)
-    mask = keep_mask(seed, 0.4, *place, 30, 70, 0, 50)
-    expected = [[one_element(seed, 0.4, *place, q, kv) for kv in range(50)] for q in range(30, 70)]
+    mask = keep_mask(seed, dropout_p, *place, 30, 70, 0, 100)
+    expected = [[one_element(seed, dropout_p, *place, q, kv) for kv in range(100)] for q in range(30, 70)]
     np.testing.assert_array_equal(mask, expected)
 
 
@@ -85,12 +89,32 @@ def test_far_places():
     np.testing.assert_array_equal(mask, expected)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.001, 0.1, 0.5, 0.5001, 0.9, 0.99, 0.999])
 def test_keep_rate(dropout_p: float):
     mask = keep_mask(0, dropout_p, 0, 0, 0, 1024, 0, 1024)
     deviation = math.sqrt(max(dropout_p * (1 - dropout_p), 1e-12) / mask.size)
     # five standard deviations, and the rounding of the draw to 2^-15
     assert abs(mask.mean() - (1 - dropout_p)) < 5 * deviation + 2**-16
+
+
+@pytest.mark.parametrize("dropout_p", [0.001, 0.1, 0.5, 0.99])
+def test_every_seed_keeps_its_share(dropout_p: float):
+    seeds, size = 200, 128
+    shares = np.array([keep_mask(seed, dropout_p, 0, 0, 0, size, 0, size).mean() for seed in range(seeds)])
+    kept = 1 - threshold(dropout_p) / 32768
+    # a share's variance, of elements of which each is correlated with two others
+    variance = kept * (1 - kept) / size**2 * (1 + 2 * CORRELATION)
+    assert abs(shares.mean() - kept) < 5 * math.sqrt(variance / seeds)
+    assert abs(shares.var() / variance - 1) < 5 * math.sqrt((2 + 1 / (kept * (1 - kept) * size**2)) / seeds)
+
+
+@pytest.mark.parametrize("dropout_p", [0.01, 0.2, 0.5, 0.9])
+def test_every_element_keeps_its_share_over_seeds(dropout_p: float):
+    seeds = 4000
+    counts = sum(keep_mask(seed, dropout_p, 0, 0, 0, 16, 0, 32).astype(int) for seed in range(seeds))
+    kept = 1 - threshold(dropout_p) / 32768
+    # of 512 elements none beyond six standard deviations
+    assert abs(counts - seeds * kept).max() < 6 * math.sqrt(seeds * kept * (1 - kept))
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -107,6 +131,55 @@ def test_threshold():
     assert threshold(0.5) == 16384
     assert threshold(0.1) == 3277
     assert keep_mask(5, 0.0, 0, 0, 0, 64, 0, 64).all()
+
+
+def test_the_rarer_outcome_is_drawn():
+    assert limit(0.0) == (0, False)
+    assert limit(0.1) == (3277, False)
+    assert limit(0.5) == (16384, False)
+    assert limit(0.5 + 2**-15) == (16383, True)
+    assert limit(0.9) == (3277, True)
+    assert limit(math.nextafter(1, 0)) == (0, True)
+    assert not keep_mask(5, math.nextafter(1, 0), 0, 0, 0, 64, 0, 64).any()
+
+
+# Of two elements of a counter that share a byte, the largest correlation over all dropout_p, at 129 / 32768.
+CORRELATION = 1 / 257
+
+
+def correlation_of_sharers(below: int) -> float:
+    """The correlation of two numbers' being below a limit, where a random byte is the lower one of the first number
+    and, its upper bit aside, the upper one of the second. The other bytes of both are random too."""
+    upper, lower = divmod(below, 256)
+    byte = np.arange(256)
+    first = (upper + (byte < lower)) / 128  # the probability that the first is below, given the byte
+    second = (byte % 128 < upper) + (byte % 128 == upper) * lower / 256
+    share = below / 32768
+    return ((first * second).mean() - share**2) / (share * (1 - share))
+
+
+def test_the_largest_correlation():
+    correlations = [correlation_of_sharers(below) for below in range(1, 16385)]
+    assert min(correlations) > -1e-12
+    assert max(correlations) == pytest.approx(CORRELATION)
+    assert correlations[threshold(0.5) - 1] == 0
+
+
+@pytest.mark.parametrize("dropout_p", [129 / 32768, 0.1, 0.2, 0.5, 0.8])
+def test_correlations_of_the_elements_of_a_counter(dropout_p: float):
+    size = 2048
+    mask = keep_mask(0, dropout_p, 0, 0, 0, size, 0, 2 * size)
+    blocks = mask.reshape(size // 16, 2, 8, 2 * size // 32, 4, 4, 2)  # a, s, g, b, t, c, u
+    elements = blocks.transpose(1, 4, 6, 0, 2, 3, 5).reshape(16, -1)  # [(s, t, u), counter]
+    # By s and t // 2 a word, and in that by t % 2 and u the upper byte, as its number in the word. The lower byte of each
+    # is the one before.
+    upper_byte = np.array([[1, 3], [0, 2]])
+    word = np.arange(16) // 4
+    upper = np.tile(upper_byte.ravel(), 4)
+    shares = (word[:, None] == word) & ((upper[:, None] - upper) % 2 == 1)
+    expected = np.where(shares, correlation_of_sharers(limit(dropout_p)[0]), np.eye(16))
+    # of 120 pairs none beyond six standard deviations
+    assert abs(np.corrcoef(elements) - expected).max() < 6 / math.sqrt(elements.shape[1])
 
 
 MASKS_THAT_DIFFER = {
@@ -128,9 +201,9 @@ def test_independent_of_every_other(name: str):
     assert abs((first == other).mean() - 0.5) < 5 * 0.5 / size
 
 
-@pytest.mark.parametrize("step", [(0, 1), (1, 0), (1, 1), (8, 0), (0, 8), (16, 0), (0, 16)])
+@pytest.mark.parametrize("step", [(0, 1), (1, 0), (1, 1), (8, 0), (0, 8), (8, 8), (16, 0), (0, 16), (0, 24), (0, 32)])
 def test_neighbours_are_independent(step: tuple[int, int]):
     size = 512
-    mask = keep_mask(0, 0.5, 0, 0, 0, size + 16, 0, size + 16)
+    mask = keep_mask(0, 0.5, 0, 0, 0, size + 16, 0, size + 32)
     shifted = mask[step[0] : step[0] + size, step[1] : step[1] + size]
     assert abs((mask[:size, :size] == shifted).mean() - 0.5) < 5 * 0.5 / size
