@@ -1,5 +1,5 @@
 // Dropout of P by Philox4x32-7 (Salmon et al., 2011): the mask of cuflash/dropout.py, which says which counter and
-// which 15 bits belong to an element, and which of the two outcomes is drawn.
+// which 15 bits belong to an element, and whether dropped elements are drawn or kept ones.
 #pragma once
 #include "params.cuh"
 
@@ -83,7 +83,7 @@ struct Dropout {
         return kv_first / 16 % 2 ? make_uint2(words.z, words.w) : make_uint2(words.x, words.y);
     }
 
-    // Of the four elements of a word, in the halves of a mask: which of t % 2 = 0 or 1 are drawn.
+    // Which two elements of a word are drawn, those of one t: ones in their halves.
     __device__ __forceinline__ unsigned int drawn(unsigned int word, int t) const {
         return halves_below(t % 2 ? __funnelshift_l(word, word, 8) : word, limit);
     }
@@ -112,7 +112,7 @@ struct Dropout {
         }
     }
 
-    // Rows queries from q_first on, columns keys from kv_first on: of one block of 16, or a multiple of 32.
+    // Rows queries from q_first on, columns keys from kv_first on, a multiple of 16 for one block, else of 32.
     template <int BLOCKS>
     __device__ __forceinline__ void draw(Kept<BLOCKS>& kept, int q_first, int kv_first) const {
         static_assert(BLOCKS % 2 == 0 || BLOCKS == 1);
@@ -153,7 +153,7 @@ struct Dropout {
         return kept.element(tile, r) ? scale : 0.0f;
     }
 
-    // The bits of a block [16, 16], of the two words of its two rows of eight queries.
+    // The bits of a block [16, 16] from two words, of its upper and its lower eight queries.
     template <bool TRANSPOSED, int BLOCKS>
     __device__ __forceinline__ void collect(Kept<BLOCKS>& kept, int block, const uint2& words) const {
         unsigned int& bits = kept.words[block / 4];

@@ -171,8 +171,8 @@ def test_correlations_of_the_elements_of_a_counter(dropout_p: float):
     mask = keep_mask(0, dropout_p, 0, 0, 0, size, 0, 2 * size)
     blocks = mask.reshape(size // 16, 2, 8, 2 * size // 32, 4, 4, 2)  # a, s, g, b, t, c, u
     elements = blocks.transpose(1, 4, 6, 0, 2, 3, 5).reshape(16, -1)  # [(s, t, u), counter]
-    # By s and t // 2 a word, and in that by t % 2 and u the upper byte, as its number in the word. The lower byte of each
-    # is the one before.
+    # By s and t // 2 a word, and in that by t % 2 and u the upper byte, as its number in the word. The lower byte of
+    # each is the one before.
     upper_byte = np.array([[1, 3], [0, 2]])
     word = np.arange(16) // 4
     upper = np.tile(upper_byte.ravel(), 4)
