@@ -211,7 +211,6 @@ __device__ __forceinline__ bool all_ahead(int behind) { return behind + R - 1 <=
 template <typename Layout>
 __device__ __forceinline__ void load_statistics(const Params& p, const Layout& smem) {
     const int lane = threadIdx.x % 32;
-    const float inverse_scale = reciprocal_approximate(p.scale);
     Ring ring;
     for_each_tile<false>(p, smem, [&](const Work& work, const Band& band, Steps steps) {
         const Sequence& sequence = work.sequence;
@@ -219,35 +218,35 @@ __device__ __forceinline__ void load_statistics(const Params& p, const Layout& s
             const int q_first = steps.tile * R, rows = sequence.q_len - q_first;
             const float* lse_gmem = statistic_rows(p.lse, sequence.batch, sequence.q_start + q_first, steps.head);
             const float* delta_gmem = statistic_rows(p.delta, sequence.batch, sequence.q_start + q_first, steps.head);
-            // With FOLD what the product adds to S, else LSE, and D.
-            float side, addend[R / 32], delta[R / 32];
-            {
-                const int behind = q_first + band.offset - work.tile * TILE.cols;  // the first query the first key
-                side = all_ahead(behind) ? -1.0f : 1.0f;
-                const float slope =
-                    FOLD_SLOPE ? side * (1.0f / UNIT) * Scores(p, sequence.index, steps.head, 0).slope : 0.0f;
+            float lse[R / 32], delta[R / 32];
 #pragma unroll
-                for (int i = 0; i < R / 32; ++i) {
-                    const int row = lane + 32 * i;
-                    const float lse = row < rows ? lse_gmem[row] : MINUS_INFINITY;
-                    const float reference = lse == MINUS_INFINITY ? NEVER : lse;  // a row that attends to nothing
-                    const float of_query = FOLD_SLOPE ? slope * (behind + row) : 0.0f;
-                    addend[i] = FOLD ? -(reference + of_query) * inverse_scale : reference * UNIT;
-                    delta[i] = row < rows ? delta_gmem[row] : 0.0f;
-                }
+            for (int i = 0; i < R / 32; ++i) {
+                const int row = lane + 32 * i;
+                lse[i] = row < rows ? lse_gmem[row] : MINUS_INFINITY;
+                delta[i] = row < rows ? delta_gmem[row] : 0.0f;
+            }
+            unsigned int side = 0;  // with ALiBi: 1 for a step of keys behind their queries, else -1, twice
+            if constexpr (FOLD_SLOPE) {
+                const int behind = q_first + band.offset - work.tile * TILE.cols;  // the first query the first key
+                const float sign = all_ahead(behind) ? -1.0f : 1.0f;
+                const float slope = sign * (1.0f / UNIT) * Scores(p, sequence.index, steps.head, 0).slope;
+#pragma unroll
+                for (int i = 0; i < R / 32; ++i) lse[i] += slope * (behind + lane + 32 * i);
+                side = pack(sign, sign);
             }
             barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
 #pragma unroll
             for (int i = 0; i < R / 32; ++i) {
                 const unsigned int row_smem = smem.statistics + ring.stage * STATISTIC_BYTES + (lane + 32 * i) * 16;
+                const float reference = lse[i] == MINUS_INFINITY ? NEVER : lse[i];  // a row that attends to nothing
                 if constexpr (FOLD) {
                     float s[3], d[3];
-                    split(addend[i], s);
+                    // (Two ways, as ptxas spills with the second where there is ALiBi, and with the first elsewhere.)
+                    split(FOLD_SLOPE ? -reference * reciprocal_approximate(p.scale) : -reference / p.scale, s);
                     split(-delta[i], d);
-                    store_shared(row_smem, pack(s[0], s[1]), pack(s[2], d[0]), pack(d[1], d[2]),
-                                 FOLD_SLOPE ? pack(side, side) : 0u);
+                    store_shared(row_smem, pack(s[0], s[1]), pack(s[2], d[0]), pack(d[1], d[2]), side);
                 } else {
-                    store_shared(row_smem, __float_as_uint(addend[i]), __float_as_uint(delta[i]), 0u, 0u);
+                    store_shared(row_smem, __float_as_uint(reference * UNIT), __float_as_uint(delta[i]), 0u, 0u);
                 }
             }
             fence_async_proxy();
