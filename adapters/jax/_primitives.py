@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, NoReturn
@@ -18,7 +19,7 @@ from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cuflash.adapters.jax import _compiled, _gpu, _handler
@@ -282,6 +283,23 @@ def _partition(call: Call, on_gpu: bool, mesh: Any, operands: Sequence[Any], res
 
 def _part(call: Call, on_gpu: bool, spread: _Spread, *arrays: Any) -> tuple[Any, ...]:
     """One device's part of a call, on its parts of the arrays."""
+    with _manual_axes():
+        return _computed_part(call, on_gpu, spread, *arrays)
+
+
+def _manual_axes() -> AbstractContextManager[Any]:
+    """The mesh of `jax.set_mesh`, if there is one, with all axes manual: what a device's part is traced under.
+
+    Where its axes are explicit, psum's sum of two numbers would get a sharding, which XLA refuses (jax 0.11).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return nullcontext()
+    manual = (AxisType.Manual,) * len(mesh.axis_names)
+    return jax.sharding.use_abstract_mesh(AbstractMesh(mesh.axis_sizes, mesh.axis_names, manual))
+
+
+def _computed_part(call: Call, on_gpu: bool, spread: _Spread, *arrays: Any) -> tuple[Any, ...]:
     whole = dict(zip(call.operands, arrays, strict=True))
     if spread.devices_per_kv_head == 1:
         parts = dict(zip(call.results, _launch(call, on_gpu, *arrays), strict=True))
