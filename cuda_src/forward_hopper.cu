@@ -286,9 +286,13 @@ struct Slope {
         distance = first_distance - MIDDLE;
     }
 
-    // `x` and what the query in row half `half` has for the key in the middle; and what accumulator tile n adds to
-    // that.
-    __device__ __forceinline__ float row(int half, float x) const { return fmaf(-slant, distance + 8 * half, x); }
+    // `x` and what the query in row half `half` has for the key in the middle, and what rounding left of that sum; and
+    // what accumulator tile n adds to it.
+    __device__ __forceinline__ float row(int half, float x, float& rest) const {
+        const float d = distance + 8 * half, product = __fmul_rn(-slant, d), sum = product + x, added = sum - product;
+        rest = fmaf(-slant, d, -product) + (product - (sum - added)) + (x - added);
+        return sum;
+    }
     __device__ __forceinline__ float further(float row, int n, int r) const {
         return fmaf(slant, 8 * n + r % 2 - MIDDLE, row);
     }
@@ -310,7 +314,8 @@ struct Softmax {
 
     // A score in the units of m.
     __device__ __forceinline__ float score(const float (&S)[N][4], int n, int r) const {
-        return SPEC.alibi ? fmaf(S[n][r], factor, slope.further(slope.row(r / 2, 0.0f), n, r)) : S[n][r];
+        float rest;
+        return SPEC.alibi ? fmaf(S[n][r], factor, slope.further(slope.row(r / 2, 0.0f, rest), n, r)) : S[n][r];
     }
 
     // For other rows; the factor stays.
@@ -351,11 +356,11 @@ struct Softmax {
     __device__ __forceinline__ void exponentials(const float (&S)[N][4], float (&sum)[2], Use use) {
         // It looks new, or the compiler would keep what ALiBi adds to each element from one use to the next.
         if constexpr (SPEC.alibi) asm volatile("" : "+f"(slope.distance));
-        float row[2];
+        float row[2], rest[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             row[half] = m[half] == MINUS_INFINITY ? 0.0f : -m[half] * unit();
-            if constexpr (SPEC.alibi) row[half] = slope.row(half, row[half]);
+            if constexpr (SPEC.alibi) row[half] = slope.row(half, row[half], rest[half]);
             sum[half] = 0.0f;
         }
 #pragma unroll
@@ -368,6 +373,11 @@ struct Softmax {
                 sum[r / 2] += p[r];
             }
             use(n, p);
+        }
+        // The rest is nothing to P in 16 bits, but something to LSE.
+        if constexpr (SPEC.alibi) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) sum[half] = fmaf(sum[half], rest[half] * LN_2, sum[half]);
         }
     }
 
