@@ -26,8 +26,8 @@ constexpr int STATISTIC_BYTES = R * 16;
 //
 // ALiBi joins them. Of -slope |distance| the part of the query stands with its LSE; the part of the key, which has the
 // other sign, is another three terms, times one. That takes all keys of a step for keys behind their query, or all for
-// keys ahead; where the diagonal crosses the step, the keys ahead are made up for.
-constexpr bool FOLD = !SPEC.softcap && !SPEC.dropout && SPEC.dtype == Dtype::bfloat16;
+// keys ahead; where the diagonal crosses the step, the keys ahead are made up for. (Not packed, where it would spill.)
+constexpr bool FOLD = !SPEC.softcap && !SPEC.dropout && !(SPEC.alibi && SPEC.packed) && SPEC.dtype == Dtype::bfloat16;
 constexpr bool FOLD_SLOPE = FOLD && SPEC.alibi;
 // A stage is given back by a lane of each math warp where only products read it, by every thread where all read LSE and
 // D.
