@@ -7,8 +7,8 @@ ones are partitioned over batch and heads (`custom_partitioning`): each device a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, NoReturn
@@ -281,25 +281,24 @@ def _partition(call: Call, on_gpu: bool, mesh: Any, operands: Sequence[Any], res
     return mesh, partial(_part, call, on_gpu, spread), lie(call.results, results), lie(call.operands, operands)
 
 
-def _part(call: Call, on_gpu: bool, spread: _Spread, *arrays: Any) -> tuple[Any, ...]:
-    """One device's part of a call, on its parts of the arrays."""
-    with _manual_axes():
-        return _computed_part(call, on_gpu, spread, *arrays)
-
-
-def _manual_axes() -> AbstractContextManager[Any]:
+@contextmanager
+def _manual_axes() -> Iterator[None]:
     """The mesh of `jax.set_mesh`, if there is one, with all axes manual: what a device's part is traced under.
 
     Where its axes are explicit, psum's sum of two numbers would get a sharding, which XLA refuses (jax 0.11).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return nullcontext()
+        yield
+        return
     manual = (AxisType.Manual,) * len(mesh.axis_names)
-    return jax.sharding.use_abstract_mesh(AbstractMesh(mesh.axis_sizes, mesh.axis_names, manual))
+    with jax.sharding.use_abstract_mesh(AbstractMesh(mesh.axis_sizes, mesh.axis_names, manual)):
+        yield
 
 
-def _computed_part(call: Call, on_gpu: bool, spread: _Spread, *arrays: Any) -> tuple[Any, ...]:
+@_manual_axes()
+def _part(call: Call, on_gpu: bool, spread: _Spread, *arrays: Any) -> tuple[Any, ...]:
+    """One device's part of a call, on its parts of the arrays."""
     whole = dict(zip(call.operands, arrays, strict=True))
     if spread.devices_per_kv_head == 1:
         parts = dict(zip(call.results, _launch(call, on_gpu, *arrays), strict=True))

@@ -84,8 +84,7 @@ def _markers(text: str) -> list[tuple[str, str]]:
 
 
 def _by_gpu(folder: Path) -> list[tuple[str, list[_Pair]]]:
-    own = lambda record: record["gpu"] is not None and "path" not in record  # noqa: E731
-    found = [(path, record) for path, record in results.stored(folder) if own(record)]
+    found = [pair for pair in results.stored(folder) if pair[1]["gpu"] is not None and "path" not in pair[1]]
     if not found:
         raise ValueError(f"json: got {folder}, which holds no results of a GPU; allowed: a folder with some")
     return [(gpu, list(pairs)) for gpu, pairs in groupby(found, lambda pair: pair[1]["gpu"])]
