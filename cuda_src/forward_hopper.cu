@@ -33,6 +33,9 @@ static_assert(TILE.rows == 64 * GROUPS && TILE.cols % 16 == 0);
 static_assert(PRODUCER_REGISTERS + GROUPS * MATH_REGISTERS <= (GROUPS + 1) * LAUNCH_REGISTERS);
 
 constexpr bool LONG_SCORE_STAGE = SPEC.softcap || SPEC.alibi || SPEC.dropout;  // which needs registers of its own
+// Whether the tanh of a tile that no mask cuts joins its exponentials: where nothing else is added to the scores, and
+// registers suffice.
+constexpr bool JOINS_TANH = SPEC.softcap && !SPEC.alibi && DV <= 128;
 // How far (in log2) scores may grow past m before m follows: P stays below 2^8.
 constexpr float RESCALE_THRESHOLD = 8.0f;
 // In the steady state nobody looks for the row maximum: m stays, and the row sums tell whether P is in range. P goes to
@@ -381,6 +384,42 @@ struct Softmax {
         }
     }
 
+    // The same from S as the product gives it, with softcap: P = 2^(-factor / (1 + 2^x) - m), x = tanh_factor S, where
+    // the cap is not large. Four neighbours of a row share a reciprocal, that of the product of their 1 + 2^x. These
+    // are kept times 2^-30 and end at 2^30, by the saturation of the instruction, so that the product stays in range.
+    // (NaN saturates to 0: it becomes NaN of some neighbour, which is of the same row, as no mask cuts the tile.)
+    template <typename Use>
+    __device__ __forceinline__ void capped_exponentials(const float (&S)[N][4], float tanh_factor, float (&sum)[2],
+                                                        Use use) {
+        constexpr float UNITY = 0x1p-30f;
+        sum[0] = sum[1] = 0.0f;
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            float p[2][4];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float a[2][2];  // 2^-30 (1 + 2^x)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float power = exp2_approximate(tanh_factor * S[n + i / 2][2 * half + i % 2]);
+                    a[i / 2][i % 2] = __saturatef(fmaf(power, UNITY, UNITY));
+                }
+                const float product[2] = {a[0][0] * a[0][1], a[1][0] * a[1][1]};
+                const float quotient = -factor * UNITY * reciprocal_approximate(product[0] * product[1]);
+                const float row = m[half] == MINUS_INFINITY ? 0.0f : -m[half] * factor;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float others = quotient * product[1 - i / 2];
+                    float& x = p[i / 2][2 * half + i % 2];
+                    x = exp2_approximate(fmaf(others, a[i / 2][1 - i % 2], row));
+                    sum[half] += x;
+                }
+            }
+            use(n, p[0]);
+            use(n + 1, p[1]);
+        }
+    }
+
     // Whether exponentials with these sums are in range in every row of the warp. (NaN counts as out of range.)
     __device__ __forceinline__ bool in_range(const float (&sum)[2]) const {
         const bool fits = sum[0] < LARGEST_SUM && sum[1] < LARGEST_SUM;
@@ -584,9 +623,9 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
             Dropout(p, task.index, task.head).drop(P, q_row, kv_first());
         }
     };
+    auto is_cut = [&] { return band.cuts(task.q_first + warpgroup * 64, 64, kv_first(), TILE.cols); };
     auto finish = [&] {
-        const bool cut = band.cuts(task.q_first + warpgroup * 64, 64, kv_first(), TILE.cols);
-        finish_scores(S, scores, band, cut, task.q_first + warp_row, kv_first());
+        finish_scores(S, scores, band, is_cut(), task.q_first + warp_row, kv_first());
         if constexpr (SPEC.alibi) {
             const float distance = scores.distance(task.q_first + warp_row + lane / 4, kv_first() + lane % 4 * 2);
             const int behind = task.q_first + warp_row + band.offset - kv_first();  // the first query the first key
@@ -729,16 +768,29 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
                 wgmma_wait<1>();
                 pin(S);
                 if constexpr (!IN_PLACE) release_scores();
-                finish();
+                bool joined = JOINS_TANH && scores.cap <= LARGE_CAP && !is_cut();
+                bool raw = true;  // S is as the product gives it
+                if constexpr (!JOINS_TANH) finish();
                 bool grown = false, fits = true;
                 if constexpr (!IN_PLACE) {
                     // Again with another m where P is out of range; a loop, so that P is computed in one place. That it
                     // comes before the vote keeps it under the product: otherwise ptxas moves the wait before it.
 #pragma unroll 1
                     while (true) {
-                        softmax.exponentials(S, sum, [&](int n, const float (&x)[4]) { pack_tile(P, n, x); });
+                        auto use = [&](int n, const float (&x)[4]) { pack_tile(P, n, x); };
+                        if (joined) {
+                            softmax.capped_exponentials(S, scores.factor * 2.0f * LOG2_E, sum, use);
+                        } else {
+                            if (JOINS_TANH && raw) finish();
+                            raw = false;
+                            softmax.exponentials(S, sum, use);
+                        }
                         pin(P);
                         if (softmax.in_range(sum)) break;
+                        if (joined) {
+                            joined = false;
+                            continue;
+                        }
                         const bool moved = softmax.follow(S, 0.0f, rescale);
                         grown |= moved;
                         if (!moved) break;
