@@ -120,11 +120,10 @@ def launch(call: Call, found: Gpu, types: Sequence[Any], *arrays: jax.Array) -> 
                 entry.reads.index(name): i for i, name in enumerate(entry.writes) if name in entry.reads
             },
         )
-        written = run(
-            *(buffers[name] for name in entry.reads), name=entry.entry, opaque=_kernel_call.opaque(kernel, arguments)
-        )
+        read = [buffers[name] if name in buffers else _zeros(result_types[name]) for name in entry.reads]
+        written = run(*read, name=entry.entry, opaque=_kernel_call.opaque(kernel, arguments))
         buffers.update(zip(entry.writes, written, strict=True))
-    return tuple(buffers[name] if name in buffers else _empty(result_types[name]) for name in call.results)
+    return tuple(buffers[name] if name in buffers else _zeros(result_types[name]) for name in call.results)
 
 
 def _cubins(steps: Sequence[Step], entries: Sequence[Flat], found: Gpu) -> list[bytes]:
@@ -152,8 +151,8 @@ def _arguments(
     return arguments + [_kernel_call.number(code, values[name]) for name, code in entry.numbers]
 
 
-def _empty(like: Any) -> jax.Array:
-    """A result that no launch writes, as it has no elements."""
+def _zeros(like: Any) -> jax.Array:
+    """What no launch writes: a sum of nothing, or a result without elements."""
     varying = tuple(sorted(like.manual_axis_type.varying))
-    empty = jnp.zeros(like.shape, like.dtype)
-    return jax.lax.pcast(empty, varying, to="varying") if varying else empty
+    zeros = jnp.zeros(like.shape, like.dtype)
+    return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros

@@ -35,8 +35,8 @@ class Config:
     kv_heads: int
     attention: str = "cuflash"
     checkpoint: str = "selective"  # attention keeps out and LSE; "full": it is computed again; "none": all is kept
-    mlp_tile: int = 4096  # tokens; 0: all at once
-    loss_chunk: int = 4096  # tokens; 0: all at once
+    mlp_tile: int = 16_384  # tokens; 0: all at once
+    loss_chunk: int = 16_384  # tokens; 0: all at once
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "kv_heads"):

@@ -254,6 +254,28 @@ def test_empty_arrays_need_no_launch(compiled_for: Any, q_len: int, kv_len: int)
     assert ("cuflash_backward_portable" in names) == (kv_len > 0)
 
 
+def test_the_gradient_of_a_bias_without_queries_is_a_sum_of_nothing(compiled_for: Any):
+    """A kernel rounds the sum of dbias, to which no kernel has added."""
+    compiled_for(HOPPER)
+    arrays = [jax.ShapeDtypeStruct((2, length, 2, 64), jnp.bfloat16) for length in (0, 5, 5)]
+
+    def loss(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        return flash_attention(q, k, v, bias=bias).astype(jnp.float32).sum()
+
+    bias = jax.ShapeDtypeStruct((5,), jnp.bfloat16)
+    names = [call.name.removeprefix("cuflash_") for call in lowered(jax.grad(loss, (1, 3)), *arrays, bias)]
+    assert names == ["backward_portable", "backward_bias"]
+
+
+@pytest.mark.parametrize("gpu", [HOPPER, AMPERE], ids=["sm_90a", "sm_80"])
+def test_every_case_of_the_contract_is_lowered(compiled_for: Any, gpu: _compiled.Gpu):
+    """What a launch reads, an earlier one has written or nobody has to."""
+    compiled_for(gpu)
+    for case in IN_JAX:
+        if case.dtype != "float64":
+            lower(case)
+
+
 def test_the_seed_is_a_number_of_the_call(compiled_for: Any):
     compiled_for(HOPPER)
     options = {"dropout_p": 0.5, "seed": 2**64 - 1}
