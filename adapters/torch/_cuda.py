@@ -21,11 +21,12 @@ from cuflash.plans import BackwardPlan, ForwardPlan
 def forward(operands: Operands, options: Options, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, lse) of `cuflash.flash_attention`; the LSE only if it is wanted."""
     q, k, v, *extras = operands
-    plan = _forward_plan(_described(q), _described(k), _described(v), _all_described(extras), *_arguments(options))
+    key = (_described(q), _described(k), _described(v), _all_described(extras))
+    plan = _forward_plan(*key, *_arguments(options))
     seed = plans.checked_seed(options.seed)
     same_shape = plan.out.shape == q.shape
     out = _empty_like(q) if same_shape else torch.empty(plan.out.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(plan.lse.shape, dtype=torch.float32, device=q.device) if with_lse else None
+    lse = q.new_empty(plan.lse.shape, dtype=torch.float32) if with_lse else None
     _run(plan, q, (q, k, v, out, None, None, None, None, lse, None, None, *extras, None), seed, with_lse)
     return out, lse
 
@@ -99,21 +100,23 @@ def _empty_like(x: torch.Tensor) -> torch.Tensor:
 # ---- plans of tensors ----------------------------------------------------------------------------------------------
 
 # What can be said of a tensor without reading it, as torch says it: a plan is looked up by that.
-_Described = tuple[torch.Size, tuple[int, ...], torch.dtype, int, bool, bool]
+_Described = tuple[torch.Size, tuple[int, ...], torch.dtype, int, bool]
 
 
 def _described(x: torch.Tensor | None) -> _Described | None:
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.get_device(), x.is_neg(), x.is_conj())
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.get_device(), x.is_neg())
 
 
 def _all_described(tensors: Sequence[torch.Tensor | None]) -> tuple[_Described | None, ...]:
-    return tuple([_described(x) for x in tensors])
+    return tuple([None if x is None else _described(x) for x in tensors])
+
+
+_SEED = Options._fields.index("seed")
 
 
 def _arguments(options: Options) -> tuple[Any, ...]:
-    """The options as plans take them."""
-    causal, window_size, scale, softcap, dropout_p, seed, *more = options
-    return (causal, window_size, scale, softcap, dropout_p, seed is not None, *more)
+    """The options as plans take them: of the seed, whether there is one."""
+    return (*options[:_SEED], options.seed is not None, *options[_SEED + 1 :])
 
 
 @plans.remembered
@@ -148,11 +151,9 @@ def _signatures(names: Sequence[str], described: Sequence[_Described | None]) ->
         if description is None:
             signatures.append(None)
             continue
-        shape, strides, dtype, device, negated, conjugated = description
-        if negated or conjugated:
-            raise TypeError(
-                f"{name}: got a tensor of {dtype}, lazily negated or conjugated; allowed: its values in memory"
-            )
+        shape, strides, dtype, device, negated = description
+        if negated:  # a complex tensor, which may be lazily conjugated, is not allowed in any case
+            raise TypeError(f"{name}: got a tensor of {dtype}, lazily negated; allowed: its values in memory")
         where = "cpu" if device < 0 else f"cuda:{device}"
         signatures.append(Signature(tuple(shape), strides, DTYPE_NAMES.get(dtype, str(dtype)), where, True))
     return signatures

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from cuflash import UnsupportedError
 from cuflash.adapters.torch import _call, _operators
 from cuflash.adapters.torch._values import Operands, Options
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_DENSE = torch.strided
 
 
 def flash_attention(
@@ -100,7 +101,7 @@ def flash_attention(
         )
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: got {return_lse!r} ({type(return_lse).__name__}); allowed: True or False")
-    plain, with_gradients = _survey(operands._fields, operands, q)
+    plain, with_gradients = _survey(q, operands[:3], operands[3:], operands._fields)
     if seed is not None:
         _check_seed(seed)
     if with_gradients:
@@ -112,9 +113,8 @@ def flash_attention(
     options = Options(
         causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout=layout, backend=backend
     )
-    device_type = q.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        operands = _cast(operands, torch.get_autocast_dtype(device_type))
+    if torch._C._is_any_autocast_enabled():
+        operands = _cast_for_autocast(operands)
     if not plain or _is_seen():
         out, lse = _operators.forward(operands, options)
     elif with_gradients:
@@ -163,8 +163,10 @@ def flash_attention_backward(
     mode is off.
     """
     operands = Operands(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, bias, mask)
-    tensors = {"dout": dout, **operands._asdict(), "out": out, "lse": lse, "dlse": dlse, "dq": dq, "dk": dk, "dv": dv}
-    plain, with_gradients = _survey(tensors, tensors.values(), q)
+    needed = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse}
+    others = dict(zip(operands._fields[3:], operands[3:], strict=True)) | {"dlse": dlse, "dq": dq, "dk": dk, "dv": dv}
+    tensors = needed | others
+    plain, with_gradients = _survey(q, needed.values(), others.values(), tensors)
     if with_gradients:
         name = next(name for name, x in tensors.items() if x is not None and x.requires_grad)
         raise ValueError(
@@ -224,26 +226,29 @@ def _is_seen() -> bool:
     )
 
 
-_OPTIONAL = ("alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "bias", "mask", "dlse", "dq", "dk", "dv")
-
-
-def _survey(names: Iterable[str], tensors: Iterable[Any], q: torch.Tensor) -> tuple[bool, bool]:
+def _survey(
+    q: torch.Tensor, needed: Collection[Any], others: Collection[Any], names: Iterable[str]
+) -> tuple[bool, bool]:
     """Whether all tensors are plain memory, and whether any is to be differentiated; raises for what is no dense
-    tensor on q's device. All else is checked by what computes."""
+    tensor on q's device. The others may be None; `names` are those of both. All else is checked by what computes.
+
+    Every call comes here, so usual tensors pass fast, and what is not usual is told apart afterwards."""
     if not isinstance(q, torch.Tensor):
         _check_unusual("q", q, q)
-    device = q.device
-    plain, with_gradients = device.type != "meta", False
-    for name, x in zip(names, tensors, strict=True):
-        if x is None:
-            if name not in _OPTIONAL:
-                _check_unusual(name, x, q)
-            continue
-        if type(x) not in _PLAIN or x.device != device or x.layout is not torch.strided or x.is_nested:
+    device, with_gradients = q.device, False
+    for x in (*needed, *[x for x in others if x is not None]):
+        if type(x) not in _PLAIN or x.device != device or x.layout is not _DENSE or x.is_nested:
+            break
+        if x.requires_grad:
+            with_gradients = True
+    else:
+        return not q.is_meta, with_gradients and torch.is_grad_enabled()
+    tensors = []
+    for i, (name, x) in enumerate(zip(names, (*needed, *others), strict=True)):
+        if x is not None or i < len(needed):
             _check_unusual(name, x, q)
-            plain = False
-        with_gradients = with_gradients or x.requires_grad
-    return plain, with_gradients and torch.is_grad_enabled()
+            tensors.append(x)
+    return False, torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _check_unusual(name: str, x: Any, q: torch.Tensor) -> None:
@@ -268,8 +273,13 @@ def _check_seed(seed: Any) -> None:
         )
 
 
-def _cast(operands: Operands, dtype: torch.dtype) -> Operands:
-    """For autocast: q, k and v in its dtype but for float64; the other options follow where they are not float32."""
+def _cast_for_autocast(operands: Operands) -> Operands:
+    """q, k and v in autocast's dtype, if it is on for their device, but for float64; the other options follow where
+    they are not float32."""
+    device_type = operands.q.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return operands
+    dtype = torch.get_autocast_dtype(device_type)
     q, k, v = (x.to(dtype) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in operands[:3])
     alibi_slopes, sinks, bias = (
         x.to(dtype) if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
