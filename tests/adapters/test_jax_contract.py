@@ -30,6 +30,7 @@ from tests.contract.test_contract import (  # noqa: F401
     test_no_dlse_is_zero_dlse,
     test_out_alone_is_out_with_lse,
     test_same_memory_in_the_other_layout,
+    test_scores_far_beyond_the_softcap_leave_their_neighbours_alone,
     test_scores_that_grow_from_tile_to_tile,
     test_seed_decides_what_is_dropped,
 )
