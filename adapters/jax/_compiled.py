@@ -103,6 +103,10 @@ def launch(call: Call, found: Gpu, types: Sequence[Any], *arrays: jax.Array) -> 
         )
 
     buffers = dict(zip(call.operands, arrays, strict=True))
+
+    def buffer(name: str) -> jax.Array:
+        return buffers[name] if name in buffers else _zeros(result_types[name])
+
     for step, entry, cubin in zip(steps.launches, entries, _cubins(steps.launches, entries, found), strict=True):
         kernel = _kernel_call.Kernel(
             entry=entry.entry,
@@ -120,10 +124,9 @@ def launch(call: Call, found: Gpu, types: Sequence[Any], *arrays: jax.Array) -> 
                 entry.reads.index(name): i for i, name in enumerate(entry.writes) if name in entry.reads
             },
         )
-        read = [buffers[name] if name in buffers else _zeros(result_types[name]) for name in entry.reads]
-        written = run(*read, name=entry.entry, opaque=_kernel_call.opaque(kernel, arguments))
+        written = run(*map(buffer, entry.reads), name=entry.entry, opaque=_kernel_call.opaque(kernel, arguments))
         buffers.update(zip(entry.writes, written, strict=True))
-    return tuple(buffers[name] if name in buffers else _zeros(result_types[name]) for name in call.results)
+    return tuple(map(buffer, call.results))
 
 
 def _cubins(steps: Sequence[Step], entries: Sequence[Flat], found: Gpu) -> list[bytes]:

@@ -21,11 +21,10 @@ from cuflash.plans import BackwardPlan, ForwardPlan
 def forward(operands: Operands, options: Options, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, lse) of `cuflash.flash_attention`; the LSE only if it is wanted."""
     q, k, v, *extras = operands
-    key = (_described(q), _described(k), _described(v), _all_described(extras))
-    plan = _forward_plan(*key, *_arguments(options))
+    plan = _forward_plan(_described(q), _described(k), _described(v), _all_described(extras), *_arguments(options))
     seed = plans.checked_seed(options.seed)
     same_shape = plan.out.shape == q.shape
-    out = _empty_like(q) if same_shape else torch.empty(plan.out.shape, dtype=q.dtype, device=q.device)
+    out = _empty_like(q) if same_shape else q.new_empty(plan.out.shape)
     lse = q.new_empty(plan.lse.shape, dtype=torch.float32) if with_lse else None
     _run(plan, q, (q, k, v, out, None, None, None, None, lse, None, None, *extras, None), seed, with_lse)
     return out, lse
@@ -50,7 +49,7 @@ def backward(
     given = (dq, dk, dv)
     q, k, v, *extras = operands
     plan = _backward_plan(
-        *(_described(dout), _described(out), _described(lse), _described(dlse), _all_described(given)),
+        *(_described(dout), _described(out), _described(lse), _all_described((dlse, *given))),
         *(_described(q), _described(k), _described(v), _all_described(extras)),
         accumulate,
         memory,
@@ -103,8 +102,8 @@ def _empty_like(x: torch.Tensor) -> torch.Tensor:
 _Described = tuple[torch.Size, tuple[int, ...], torch.dtype, int, bool]
 
 
-def _described(x: torch.Tensor | None) -> _Described | None:
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.get_device(), x.is_neg())
+def _described(x: torch.Tensor) -> _Described:
+    return x.shape, x.stride(), x.dtype, x.get_device(), x.is_neg()
 
 
 def _all_described(tensors: Sequence[torch.Tensor | None]) -> tuple[_Described | None, ...]:
@@ -129,8 +128,7 @@ def _backward_plan(
     dout: Any,
     out: Any,
     lse: Any,
-    dlse: Any,
-    given: Any,
+    dlse_and_given: Any,
     q: Any,
     k: Any,
     v: Any,
@@ -141,7 +139,7 @@ def _backward_plan(
     *options: Any,
 ) -> BackwardPlan:
     names = ("dout", "out", "lse", "dlse", "dq", "dk", "dv", *plans.INPUTS)
-    signatures = _signatures(names, (dout, out, lse, dlse, *given, q, k, v, *extras))
+    signatures = _signatures(names, (dout, out, lse, *dlse_and_given, q, k, v, *extras))
     return plans.backward(*signatures, accumulate, memory, with_dbias, *options)
 
 

@@ -254,7 +254,7 @@ def _survey(
 def _check_unusual(name: str, x: Any, q: torch.Tensor) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: got {x!r:.60} ({type(x).__name__}); allowed: a torch.Tensor")
-    if x.layout is not torch.strided or x.is_nested:
+    if x.layout is not _DENSE or x.is_nested:
         raise TypeError(
             f"{name}: got a {'nested' if x.is_nested else x.layout} tensor; allowed: a dense tensor "
             "(sequences of several lengths: packed, with cu_seqlens_q and cu_seqlens_k)"

@@ -11,7 +11,7 @@ import pytest
 from tests.contract.backends import Backend, memory_of
 from tests.contract.cases import DTYPES, Case, Inputs, make_inputs
 from tests.contract.conftest import Prepared
-from tests.contract.expected import expected_backward, expected_forward
+from tests.contract.expected import Expected, expected_backward, expected_forward
 
 
 def run_forward(backend: Backend, case: Case, inputs: Inputs) -> tuple[Any, Any]:
@@ -47,6 +47,12 @@ def call_options(backend: Backend, case: Case, inputs: Inputs) -> dict[str, Any]
 def all_bytes(inputs: Inputs) -> list[bytes]:
     arrays = [inputs.q, inputs.k, inputs.v, inputs.dout, inputs.dlse, *inputs.options.values()]
     return [memory_of(x).tobytes() for x in arrays if isinstance(x, np.ndarray)]
+
+
+def check(backend: Backend, case: Case, inputs: Inputs, expected: dict[str, Expected], actual: tuple[Any, ...]) -> None:
+    """Assert that each result is as near to its oracle as it has to be."""
+    for (name, result), array in zip(expected.items(), actual, strict=True):
+        result.check(backend.numpy(array), name, backend.arithmetic(case, inputs, name, result.oracle))
 
 
 def assert_bitwise(backend: Backend, actual: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
@@ -214,8 +220,7 @@ def test_a_sink_of_minus_infinity_is_no_sink(backend: Backend, dtype: str):
     assert np.isneginf(expected["lse"].oracle).sum() == case.batch * 20, "rows of that head that attend to nothing"
     out, lse = run_forward(backend, case, inputs)
     gradients, _ = run_backward(backend, case, inputs, out, lse)
-    for (name, result), actual in zip(expected.items(), (out, lse, *gradients), strict=True):
-        result.check(backend.numpy(actual), name, backend.arithmetic(case, inputs, name, result.oracle))
+    check(backend, case, inputs, expected, (out, lse, *gradients))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -228,8 +233,7 @@ def test_a_sink_far_below_every_score(backend: Backend, dtype: str):
     assert (expected["lse"].oracle == -90).sum() == case.batch * case.heads * 20, "rows that attend to nothing else"
     out, lse = run_forward(backend, case, inputs)
     gradients, _ = run_backward(backend, case, inputs, out, lse)
-    for (name, result), actual in zip(expected.items(), (out, lse, *gradients), strict=True):
-        result.check(backend.numpy(actual), name, backend.arithmetic(case, inputs, name, result.oracle))
+    check(backend, case, inputs, expected, (out, lse, *gradients))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -249,10 +253,7 @@ def test_scores_that_grow_from_tile_to_tile(
     inputs.q[...] = np.sign(inputs.q) + inputs.q.dtype.type(0.5)
     inputs.k[...] = (growth * steps[None, :, None, None] / 128).astype(inputs.k.dtype)
     inputs.k[..., ::2] *= inputs.k.dtype.type(2)  # so that rows differ
-    expected = expected_forward(case, inputs)
-    out, lse = run_forward(backend, case, inputs)
-    for (name, result), actual in zip(expected.items(), (out, lse), strict=True):
-        result.check(backend.numpy(actual), name, backend.arithmetic(case, inputs, name, result.oracle))
+    check(backend, case, inputs, expected_forward(case, inputs), run_forward(backend, case, inputs))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -264,10 +265,7 @@ def test_scores_far_beyond_the_softcap_leave_their_neighbours_alone(backend: Bac
     inputs.q[...] = 1 + inputs.q / 40
     inputs.k[...] = inputs.k / 20
     inputs.k[:, ::8] += inputs.k.dtype.type(43 * case.softcap / case.head_dim)
-    expected = expected_forward(case, inputs)
-    out, lse = run_forward(backend, case, inputs)
-    for (name, result), actual in zip(expected.items(), (out, lse), strict=True):
-        result.check(backend.numpy(actual), name, backend.arithmetic(case, inputs, name, result.oracle))
+    check(backend, case, inputs, expected_forward(case, inputs), run_forward(backend, case, inputs))
 
 
 # ---- NaN gets at least where the arithmetic puts it, and never to another head -----------------------------------
