@@ -115,27 +115,10 @@ def flash_attention(
         What this GPU or build cannot do, and what to do instead.
     """
     if type(q) not in arrays.NATIVE and (adapter := _adapter(q)) is not None:
-        return adapter.flash_attention(
-            q,
-            k,
-            v,
-            causal=causal,
-            window_size=window_size,
-            scale=scale,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            bias=bias,
-            mask=mask,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            dropout_p=dropout_p,
-            seed=seed,
-            return_lse=return_lse,
-            deterministic=deterministic,
-            allow_tf32=allow_tf32,
-            layout=layout,
-            backend=backend,
+        return adapter.attend(
+            (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, bias, mask),
+            (causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout, backend),
+            return_lse,
         )
     check_flag("return_lse", return_lse)
     inputs, signatures = _inputs(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, bias, mask)
@@ -286,17 +269,18 @@ def flash_attention_backward(
 
 
 def _adapter(q: Any) -> Any:
-    """The adapter of q's framework, where arrays are more than memory: gradients, compilation, transforms; or None."""
+    """What attends to arrays of q's framework, where these are more than memory: gradients, compilation, transforms;
+    or None."""
     torch = _framework("torch")
     if torch is not None and isinstance(q, torch.Tensor):
-        import cuflash.adapters.torch  # a statement, which torch.compile follows
+        import cuflash.adapters.torch.attention  # a statement, which torch.compile follows
 
-        return cuflash.adapters.torch
+        return cuflash.adapters.torch.attention
     jax = _framework("jax")
     if jax is not None and isinstance(q, jax.Array):
-        import cuflash.adapters.jax
+        import cuflash.adapters.jax._attention
 
-        return cuflash.adapters.jax
+        return cuflash.adapters.jax._attention
     return None
 
 

@@ -17,7 +17,7 @@ from cuflash.adapters.jax._call import BACKWARD, DENSE_AXES, FORWARD, Call, Opti
 from cuflash.adapters.jax._primitives import backward, forward
 from cuflash.arrays import Signature
 from cuflash.errors import UnsupportedError
-from cuflash.plans import bad, check_flag
+from cuflash.plans import INPUTS, bad, check_flag
 
 OUT_NAME, LSE_NAME = "cuflash_out", "cuflash_lse"
 
@@ -70,23 +70,20 @@ def flash_attention(
     UnsupportedError
         What this build or GPU cannot do, and what to do instead.
     """
-    check_flag("return_lse", return_lse)
-    options = Options(
-        causal=causal,
-        window_size=window_size,
-        scale=scale,
-        softcap=softcap,
-        dropout_p=dropout_p,
-        seed=seed,
-        deterministic=deterministic,
-        allow_tf32=allow_tf32,
-        layout=layout,
-        backend=backend,
-        memory=memory,
+    return attend(
+        (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, bias, mask),
+        (causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout, backend),
+        return_lse,
+        memory,
     )
-    arrays = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, "sinks": sinks, "bias": bias, "mask": mask}
-    arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    results: Any = _attention(*_checked(arrays, options))
+
+
+def attend(arrays: tuple[Any, ...], settings: tuple[Any, ...], return_lse: bool, memory: str = "fast") -> Any:
+    """`flash_attention` with its arguments in the order of `plans.INPUTS` and of Options, as `cuflash.flash_attention`
+    passes them."""
+    check_flag("return_lse", return_lse)
+    given: dict[str, Any] = dict(zip(INPUTS, arrays, strict=True))
+    results: Any = _attention(*_checked(given, Options(*settings, memory=memory)))
     return results if return_lse else results[0]
 
 

@@ -23,7 +23,7 @@ FORWARD = plans.INPUTS
 BACKWARD = ("dout", "out", "lse", "dlse", *FORWARD)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Options:
     """The options of a call: Python values, known while tracing."""
 

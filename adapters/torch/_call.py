@@ -8,17 +8,17 @@ import torch
 
 from cuflash import UnsupportedError
 from cuflash.adapters.torch import _cpu, _cuda
-from cuflash.adapters.torch._values import Operands, Options
+from cuflash.adapters.torch._values import Given, Options
 
 
-def forward(operands: Operands, options: Options, with_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+def forward(operands: Given, options: Options, with_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, lse or None), neither of which autograd knows about."""
-    return _library(operands.q).forward(operands, _with_number(options), with_lse)
+    return _library(operands[0]).forward(operands, _with_number(options), with_lse)
 
 
 def backward(
     dout: torch.Tensor,
-    operands: Operands,
+    operands: Given,
     out: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
@@ -30,7 +30,7 @@ def backward(
     `more` is dq, dk, dv, accumulate and memory of `cuflash.flash_attention_backward`, and `with_dbias`, which is False
     where nobody asks for that.
     """
-    return _library(operands.q).backward(dout, operands, out, lse, dlse, _with_number(options), **more)
+    return _library(operands[0]).backward(dout, operands, out, lse, dlse, _with_number(options), **more)
 
 
 def _library(q: torch.Tensor) -> Any:

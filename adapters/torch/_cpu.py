@@ -10,19 +10,19 @@ import torch
 
 import cuflash
 from cuflash import UnsupportedError
-from cuflash.adapters.torch._values import DTYPE_NAMES, Operands, Options, differentiated
+from cuflash.adapters.torch._values import DTYPE_NAMES, Given, Operands, Options, differentiated
 from cuflash.arrays import dtype_of
 
 
-def forward(operands: Operands, options: Options, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def forward(operands: Given, options: Options, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, lse) of `cuflash.flash_attention`; the LSE only if it is wanted."""
-    out, lse = cuflash.flash_attention(**_arrays(operands._asdict()), **_options(options), return_lse=True)
+    out, lse = cuflash.flash_attention(**_arrays(Operands(*operands)._asdict()), **_options(options), return_lse=True)
     return _tensor(out), _tensor(lse) if with_lse else None
 
 
 def backward(
     dout: torch.Tensor,
-    operands: Operands,
+    operands: Given,
     out: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
@@ -37,7 +37,7 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of `cuflash.flash_attention_backward`; given dq, dk and dv come back as the same tensors."""
     given = {"dq": dq, "dk": dk, "dv": dv}
-    tensors = {"dout": dout, **operands._asdict(), "out": out, "lse": lse, "dlse": dlse, **given}
+    tensors = {"dout": dout, **Operands(*operands)._asdict(), "out": out, "lse": lse, "dlse": dlse, **given}
     gradients = cuflash.flash_attention_backward(
         **_arrays(tensors), **_options(options), accumulate=accumulate, memory=memory
     )

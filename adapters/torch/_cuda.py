@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from cuflash import api, plans
-from cuflash.adapters.torch._values import DTYPE_NAMES, Operands, Options, differentiated
+from cuflash.adapters.torch._values import DTYPE_NAMES, Given, Operands, Options, differentiated
 from cuflash.arrays import Signature
 from cuflash.cuda.launch import aligned
 from cuflash.cuda.toolchain import import_cupy
 from cuflash.plans import BackwardPlan, ForwardPlan
 
 
-def forward(operands: Operands, options: Options, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def forward(operands: Given, options: Options, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, lse) of `cuflash.flash_attention`; the LSE only if it is wanted."""
     q, k, v, *extras = operands
     plan = _forward_plan(_described(q), _described(k), _described(v), _all_described(extras), *_arguments(options))
@@ -26,13 +26,19 @@ def forward(operands: Operands, options: Options, with_lse: bool) -> tuple[torch
     same_shape = plan.out.shape == q.shape
     out = _empty_like(q) if same_shape else q.new_empty(plan.out.shape)
     lse = q.new_empty(plan.lse.shape, dtype=torch.float32) if with_lse else None
-    _run(plan, q, (q, k, v, out, None, None, None, None, lse, None, None, *extras, None), seed, with_lse)
+    pointers = (
+        *(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0, 0, 0, 0),
+        *(0 if lse is None else lse.data_ptr(), 0, 0),
+        *(_pointers(extras) if extras else _NO_POINTERS),
+        0,
+    )
+    _run(plan, q, pointers, seed, with_lse)
     return out, lse
 
 
 def backward(
     dout: torch.Tensor,
-    operands: Operands,
+    operands: Given,
     out: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
@@ -57,7 +63,7 @@ def backward(
         *_arguments(options),
     )
     seed = plans.checked_seed(options.seed)
-    if any(target is not None for target in given):
+    if dq is not None or dk is not None or dv is not None:
         views = [
             None if x is None else import_cupy().from_dlpack(x.detach())
             for x in (dout, out, lse, dlse, *given, *operands)
@@ -69,27 +75,38 @@ def backward(
             for x, target in zip(differentiated(operands, with_dbias), (*given, None, None), strict=False)
         ]
     )
-    found = dict(zip(plan.gradients, gradients, strict=True))
-    more = (found.get("dsinks"), *extras, found.get("dbias"))
-    _run(plan, q, (q, k, v, out, dout, *gradients[:3], lse, dlse, *more), seed)
+    pointers = _pointers((q, k, v, out, dout, *gradients[:3], lse, dlse))
+    if extras:
+        found = dict(zip(plan.gradients, gradients, strict=True))
+        pointers += _pointers((found.get("dsinks"), *extras, found.get("dbias")))
+    else:
+        pointers += (0, *_NO_POINTERS, 0)
+    _run(plan, q, pointers, seed)
     return gradients
 
 
 def _run(
     plan: ForwardPlan | BackwardPlan,
     q: torch.Tensor,
-    operands: Sequence[torch.Tensor | None],
+    pointers: tuple[int, ...],
     seed: int,
     backward_too: bool = False,
 ) -> None:
-    """Run a plan, its workspace where q is; the operands in the order of cuflash.cuda.launch.OPERANDS."""
-    pointers = tuple([0 if tensor is None else tensor.data_ptr() for tensor in operands])
+    """Run a plan, its workspace where q is; the pointers in the order of cuflash.cuda.launch.OPERANDS."""
     launches = plan.launches(aligned(pointers), backward_too)
     workspace = 0
     if launches.workspace:
         memory = torch.empty(launches.workspace, dtype=torch.uint8, device=q.device)
         workspace = memory.data_ptr()
     launches.run(torch._C._cuda_getCurrentRawStream(plan.device), pointers, workspace, seed)
+
+
+_NO_EXTRAS = (None,) * (len(Operands._fields) - 3)
+_NO_POINTERS = (0,) * len(_NO_EXTRAS)
+
+
+def _pointers(tensors: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
+    return tuple([0 if x is None else x.data_ptr() for x in tensors])
 
 
 def _empty_like(x: torch.Tensor) -> torch.Tensor:
@@ -107,7 +124,7 @@ def _described(x: torch.Tensor) -> _Described:
 
 
 def _all_described(tensors: Sequence[torch.Tensor | None]) -> tuple[_Described | None, ...]:
-    return tuple([None if x is None else _described(x) for x in tensors])
+    return tuple([None if x is None else _described(x) for x in tensors]) if tensors else ()
 
 
 _SEED = Options._fields.index("seed")
@@ -115,12 +132,12 @@ _SEED = Options._fields.index("seed")
 
 def _arguments(options: Options) -> tuple[Any, ...]:
     """The options as plans take them: of the seed, whether there is one."""
-    return (*options[:_SEED], options.seed is not None, *options[_SEED + 1 :])
+    return options if options.seed is None else (*options[:_SEED], True, *options[_SEED + 1 :])
 
 
 @plans.remembered
 def _forward_plan(q: Any, k: Any, v: Any, extras: Any, *options: Any) -> ForwardPlan:
-    return plans.forward(*_signatures(plans.INPUTS, (q, k, v, *extras)), *options)
+    return plans.forward(*_signatures(plans.INPUTS, (q, k, v, *(extras or _NO_EXTRAS))), *options)
 
 
 @plans.remembered
@@ -139,7 +156,7 @@ def _backward_plan(
     *options: Any,
 ) -> BackwardPlan:
     names = ("dout", "out", "lse", "dlse", "dq", "dk", "dv", *plans.INPUTS)
-    signatures = _signatures(names, (dout, out, lse, *dlse_and_given, q, k, v, *extras))
+    signatures = _signatures(names, (dout, out, lse, *dlse_and_given, q, k, v, *(extras or _NO_EXTRAS)))
     return plans.backward(*signatures, accumulate, memory, with_dbias, *options)
 
 

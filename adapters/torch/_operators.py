@@ -13,7 +13,7 @@ import torch
 
 from cuflash import UnsupportedError
 from cuflash.adapters.torch import _call
-from cuflash.adapters.torch._values import Operands, Options, differentiated
+from cuflash.adapters.torch._values import Given, Operands, Options, differentiated
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
@@ -121,7 +121,7 @@ def forward(operands: Operands, options: Options) -> tuple[torch.Tensor, torch.T
 
 def backward(
     dout: torch.Tensor,
-    operands: Operands,
+    operands: Given,
     out: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
@@ -131,6 +131,7 @@ def backward(
     with_dbias: bool = True,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients, whose derivative raises."""
+    operands = Operands(*operands)
     seed, scalars = _seed_and_scalars(options)
     if torch.compiler.is_compiling():
         return tuple(torch.ops.cuflash.bwd(dout, *operands, out, lse, dlse, seed, *scalars, memory, with_dbias))

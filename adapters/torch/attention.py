@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cuflash import UnsupportedError
 from cuflash.adapters.torch import _call, _operators
-from cuflash.adapters.torch._values import Operands, Options
+from cuflash.adapters.torch._values import Given, Operands, Options
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _DENSE = torch.strided
@@ -73,53 +73,44 @@ def flash_attention(
         What this GPU or build cannot do; double backward and forward mode; vmap over cu_seqlens, or with dropout
         unless randomness="different".
     """
-    operands = Operands(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, bias, mask)
-    if torch.overrides.has_torch_function_variadic(*operands):
-        return torch.overrides.handle_torch_function(
-            flash_attention,
-            operands,
-            q,
-            k,
-            v,
-            causal=causal,
-            window_size=window_size,
-            scale=scale,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            bias=bias,
-            mask=mask,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            dropout_p=dropout_p,
-            seed=seed,
-            return_lse=return_lse,
-            deterministic=deterministic,
-            allow_tf32=allow_tf32,
-            layout=layout,
-            backend=backend,
-        )
+    return attend(
+        (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, bias, mask),
+        (causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout, backend),
+        return_lse,
+    )
+
+
+def attend(tensors: tuple[Any, ...], settings: tuple[Any, ...], return_lse: bool) -> Any:
+    """`flash_attention` with its arguments in the order of Operands and of Options, as `cuflash.flash_attention` passes
+    them: so many names in a call cost a large part of a microsecond."""
+    options = Options._make(settings)
+    q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, bias, mask = tensors
+    if torch.overrides.has_torch_function_variadic(*tensors):
+        others = dict(zip(Operands._fields[3:], tensors[3:], strict=True))
+        named = {**others, **options._asdict(), "return_lse": return_lse}
+        return torch.overrides.handle_torch_function(flash_attention, tensors, q, k, v, **named)
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: got {return_lse!r} ({type(return_lse).__name__}); allowed: True or False")
-    plain, with_gradients = _survey(q, operands[:3], operands[3:], operands._fields)
-    if seed is not None:
-        _check_seed(seed)
+    operands: Given = tensors
+    few = alibi_slopes is None and sinks is None and cu_seqlens_q is None and cu_seqlens_k is None
+    if few and bias is None and mask is None:
+        operands = (q, k, v)
+    plain, with_gradients = _survey(q, operands[:3], operands[3:], Operands._fields)
+    if options.seed is not None:
+        _check_seed(options.seed)
     if with_gradients:
-        for name in ("alibi_slopes", "cu_seqlens_q", "cu_seqlens_k"):
-            x = getattr(operands, name)
+        constants = {"alibi_slopes": alibi_slopes, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        for name, x in constants.items():
             if x is not None and x.requires_grad:
                 raise ValueError(f"{name}: got a tensor that requires gradients; allowed: a detached one")
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    options = Options(
-        causal, window_size, scale, softcap, dropout_p, seed, deterministic, allow_tf32, layout=layout, backend=backend
-    )
+    if torch.are_deterministic_algorithms_enabled():
+        options = options._replace(deterministic=True)
     if torch._C._is_any_autocast_enabled():
         operands = _cast_for_autocast(operands)
     if not plain or _is_seen():
-        out, lse = _operators.forward(operands, options)
+        out, lse = _operators.forward(Operands(*operands), options)
     elif with_gradients:
-        few = all(x is None for x in operands[3:])
-        return _Attention.apply(options, return_lse, *(operands[:3] if few else operands))
+        return _Attention.apply(options, return_lse, *operands)
     else:
         out, lse = _call.forward(operands, options, return_lse)
     return (out, lse) if return_lse else out
@@ -194,7 +185,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, options: Options, with_lse: bool, *operands: Any) -> Any:
-        out, lse = _call.forward(Operands(*operands), options)
+        out, lse = _call.forward(operands, options)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands, out, lse)
         ctx.options = options
@@ -207,7 +198,7 @@ class _Attention(torch.autograd.Function):
         # With create_graph=True the gradients carry a derivative, which raises.
         compute = _operators.backward if torch.is_grad_enabled() else _call.backward
         with_dbias = ctx.needs_input_grad[-2] if len(operands) > 3 else False
-        results = compute(dout, Operands(*operands), out, lse, dlse, ctx.options, with_dbias=with_dbias)
+        results = compute(dout, operands, out, lse, dlse, ctx.options, with_dbias=with_dbias)
         if len(operands) == 3:
             return None, None, *results
         return None, None, *_operators.of_operands(Operands(*operands), results)
@@ -215,12 +206,15 @@ class _Attention(torch.autograd.Function):
 
 def _is_seen() -> bool:
     """Whether something between the caller and the backend must see operators instead of memory."""
-    if torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active():
-        # The compiler would trace through the gradient and lose it. Without fullgraph it leaves this to eager mode.
-        raise UnsupportedError("torch.compile: got a call inside functorch transforms; allowed: these without compile")
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active():
+            # The compiler would trace through the gradient and lose it. Without fullgraph it leaves this to eager mode.
+            raise UnsupportedError(
+                "torch.compile: got a call inside functorch transforms; allowed: these without compile"
+            )
+        return True
     return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
     )
@@ -236,7 +230,7 @@ def _survey(
     if not isinstance(q, torch.Tensor):
         _check_unusual("q", q, q)
     device, with_gradients = q.device, False
-    for x in (*needed, *[x for x in others if x is not None]):
+    for x in (*needed, *[x for x in others if x is not None]) if others else needed:
         if type(x) not in _PLAIN or x.device != device or x.layout is not _DENSE or x.is_nested:
             break
         if x.requires_grad:
@@ -244,7 +238,7 @@ def _survey(
     else:
         return not q.is_meta, with_gradients and torch.is_grad_enabled()
     tensors = []
-    for i, (name, x) in enumerate(zip(names, (*needed, *others), strict=True)):
+    for i, (name, x) in enumerate(zip(names, (*needed, *others), strict=False)):
         if x is not None or i < len(needed):
             _check_unusual(name, x, q)
             tensors.append(x)
@@ -273,16 +267,19 @@ def _check_seed(seed: Any) -> None:
         )
 
 
-def _cast_for_autocast(operands: Operands) -> Operands:
+def _cast_for_autocast(operands: Given) -> Given:
     """q, k and v in autocast's dtype, if it is on for their device, but for float64; the other options follow where
     they are not float32."""
-    device_type = operands.q.device.type
+    device_type = operands[0].device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return operands
     dtype = torch.get_autocast_dtype(device_type)
-    q, k, v = (x.to(dtype) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in operands[:3])
+    cast = [x.to(dtype) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in operands[:3]]
+    if len(operands) == 3:
+        return cast
+    named = Operands(*cast, *operands[3:])
     alibi_slopes, sinks, bias = (
         x.to(dtype) if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
-        for x in (operands.alibi_slopes, operands.sinks, operands.bias)
+        for x in (named.alibi_slopes, named.sinks, named.bias)
     )
-    return operands._replace(q=q, k=k, v=v, alibi_slopes=alibi_slopes, sinks=sinks, bias=bias)
+    return named._replace(alibi_slopes=alibi_slopes, sinks=sinks, bias=bias)
