@@ -520,7 +520,8 @@ def test_calls_in_a_scan(route: str, dim: int):
     x = on_gpu(draw(1, 130, 2, dim).astype(jnp.bfloat16))
 
     def step(x: Any, _: Any) -> Any:
-        return x + flash_attention(x, x, x, causal=True, memory="lean"), None
+        # The mean: x would double in every step, to scores of which float32 keeps nothing that an exponential bears.
+        return (x + flash_attention(x, x, x, causal=True, memory="lean")) / 2, None
 
     def looped(x: Any) -> Any:
         return jax.lax.scan(step, x, length=20)[0].astype(jnp.float32).sum()
@@ -531,6 +532,7 @@ def test_calls_in_a_scan(route: str, dim: int):
         return x.astype(jnp.float32).sum()
 
     expected = jax.jit(jax.grad(unrolled))(x)
+    assert jnp.isfinite(expected).all()
     run = jax.jit(jax.grad(looped))
     for _ in range(5):
         error = jnp.abs(run(x).astype(jnp.float32) - expected.astype(jnp.float32)).max()
