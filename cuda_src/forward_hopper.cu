@@ -36,12 +36,6 @@ constexpr bool LONG_SCORE_STAGE = SPEC.softcap || SPEC.alibi || SPEC.dropout;  /
 // Whether the tanh of a tile that no mask cuts joins its exponentials: where nothing else is added to the scores, and
 // registers suffice.
 constexpr bool JOINS_TANH = SPEC.softcap && !SPEC.alibi && DV <= 128;
-// Where m (in log2) is that large, S - m is taken before the multiplication by the factor of the exponent. In one
-// multiplication-addition what rounds off m's product would show: the largest P of a row would be 2^x with |x| up to
-// half an ulp of m, which no longer rounds to 1 in 16 bits, and O of a row that attends to one key would not be that V.
-constexpr float LARGE_EXPONENT = SPEC.dtype == Dtype::bfloat16 ? 0x1p16f : 0x1p13f;
-// Whether m can be: with softcap scores end at the cap, and with ALiBi what is added to them has another unit.
-constexpr bool GROWS_LARGE = !SPEC.softcap && !SPEC.alibi;
 // How far (in log2) scores may grow past m before m follows: P stays below 2^8.
 constexpr float RESCALE_THRESHOLD = 8.0f;
 // In the steady state nobody looks for the row maximum: m stays, and the row sums tell whether P is in range. P goes to
@@ -316,7 +310,6 @@ struct Softmax {
     float m[2] = {MINUS_INFINITY, MINUS_INFINITY};  // the point exponentials refer to, in the units of S, or log2
     float l[2] = {0.0f, 0.0f};                      // row sums of P, this lane's columns
     float factor;                                   // from the units of S to log2
-    float largest_sum = LARGEST_SUM;                // a negative number where m is large in some row of the warp
     Slope slope;
 
     // From the units of m to log2: with ALiBi it is in log2.
@@ -332,14 +325,13 @@ struct Softmax {
     __device__ __forceinline__ void restart() {
         m[0] = m[1] = MINUS_INFINITY;
         l[0] = l[1] = 0.0f;
-        largest_sum = LARGEST_SUM;
     }
 
     // Move m to the row maximum if for some row of the warp it is `threshold` (in log2) below. Then O must be
     // multiplied by `rescale`.
     __device__ __forceinline__ bool follow(const float (&S)[N][4], float threshold, float (&rescale)[2]) {
         float largest[2];
-        bool grown = false, large = false;
+        bool grown = false;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float x = m[half];
@@ -357,23 +349,20 @@ struct Softmax {
                 rescale[half] = exp2_approximate((m[half] - reference) * unit());
                 l[half] *= rescale[half];
                 m[half] = largest[half];
-                large |= m[half] > MINUS_INFINITY && fabsf(m[half] * factor) >= LARGE_EXPONENT;
             }
-            if constexpr (GROWS_LARGE) largest_sum = __any_sync(0xFFFFFFFF, large) ? -1.0f : LARGEST_SUM;
         }
         return moved;
     }
 
     // P = 2^(factor S - m) and this lane's row sums, four neighbours at a time: `use(n, p)` takes accumulator tile n.
-    // LARGE: as factor (S - m).
-    template <bool LARGE = false, typename Use>
+    template <typename Use>
     __device__ __forceinline__ void exponentials(const float (&S)[N][4], float (&sum)[2], Use use) {
         // It looks new, or the compiler would keep what ALiBi adds to each element from one use to the next.
         if constexpr (SPEC.alibi) asm volatile("" : "+f"(slope.distance));
         float row[2], rest[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            row[half] = m[half] == MINUS_INFINITY ? 0.0f : LARGE ? m[half] : -m[half] * unit();
+            row[half] = m[half] == MINUS_INFINITY ? 0.0f : -m[half] * unit();
             if constexpr (SPEC.alibi) row[half] = slope.row(half, row[half], rest[half]);
             sum[half] = 0.0f;
         }
@@ -383,7 +372,7 @@ struct Softmax {
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
                 const float term = SPEC.alibi ? slope.further(row[r / 2], n, r) : row[r / 2];
-                p[r] = exp2_approximate(LARGE ? (S[n][r] - term) * factor : fmaf(S[n][r], factor, term));
+                p[r] = exp2_approximate(fmaf(S[n][r], factor, term));
                 sum[r / 2] += p[r];
             }
             use(n, p);
@@ -392,19 +381,6 @@ struct Softmax {
         if constexpr (SPEC.alibi) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) sum[half] = fmaf(sum[half], rest[half] * LN_2, sum[half]);
-        }
-    }
-
-    // Whether m is large (LARGE_EXPONENT) in some row of the warp.
-    __device__ __forceinline__ bool is_large() const { return GROWS_LARGE && largest_sum < 0.0f; }
-
-    // The same, with m large or not.
-    template <typename Use>
-    __device__ __forceinline__ void any_exponentials(const float (&S)[N][4], float (&sum)[2], Use use) {
-        if (!is_large()) {
-            exponentials(S, sum, use);
-        } else {
-            exponentials<true>(S, sum, use);
         }
     }
 
@@ -444,10 +420,9 @@ struct Softmax {
         }
     }
 
-    // Whether exponentials with these sums are in range in every row of the warp, and m is known and not large. (NaN
-    // counts as out of range.)
+    // Whether exponentials with these sums are in range in every row of the warp. (NaN counts as out of range.)
     __device__ __forceinline__ bool in_range(const float (&sum)[2]) const {
-        const bool fits = sum[0] < largest_sum && sum[1] < largest_sum;
+        const bool fits = sum[0] < LARGEST_SUM && sum[1] < LARGEST_SUM;
         return __all_sync(0xFFFFFFFF, fits && m[0] > MINUS_INFINITY && m[1] > MINUS_INFINITY);
     }
 
@@ -701,7 +676,7 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
         release_scores();
         finish();
         softmax.follow(S, 0.0f, rescale);
-        softmax.any_exponentials(S, sum, in_place);
+        softmax.exponentials(S, sum, in_place);
         softmax.add(sum);
         pack_into(P_even);
 
@@ -760,7 +735,7 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
                 release_scores();
                 finish();
                 moved = softmax.follow(S, crosses ? 0.0f : RESCALE_THRESHOLD, rescale);
-                softmax.any_exponentials(S, sum, in_place);
+                softmax.exponentials(S, sum, in_place);
                 softmax.add(sum);
             }
             wgmma_wait<0>();
@@ -818,11 +793,6 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
                         }
                         const bool moved = softmax.follow(S, 0.0f, rescale);
                         grown |= moved;
-                        if (softmax.is_large()) {
-                            softmax.exponentials<true>(S, sum, use);
-                            pin(P);
-                            break;
-                        }
                         if (!moved) break;
                     }
                     drop(P);
@@ -842,7 +812,7 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
                         pin(S);
                         finish();
                         grown = softmax.follow(S, 0.0f, rescale);
-                        softmax.any_exponentials(S, sum, in_place);
+                        softmax.exponentials(S, sum, in_place);
                     }
                     release_scores();
                 }

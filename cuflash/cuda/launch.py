@@ -193,9 +193,13 @@ class Plan:
         """Launch the call on a stream (its handle): `pointers` to OPERANDS, 0 for what the call does not have. The LSE
         of a forward is written where there is a pointer."""
         gpu = _gpu()
-        if gpu.device() != self.device:
+        if gpu.is_elsewhere(self.device):
             with gpu.cuda.Device(self.device):
-                return self.run(stream, pointers, workspace, seed)
+                self._run(gpu, stream, pointers, workspace, seed)
+        else:
+            self._run(gpu, stream, pointers, workspace, seed)
+
+    def _run(self, gpu: _Gpu, stream: int, pointers: Sequence[int], workspace: int, seed: int) -> None:
         first, last = self._zeroed
         if last > first:
             gpu.zero(workspace + first, 0, last - first, stream)
@@ -213,8 +217,12 @@ class _Gpu(threading.local):
         self.stream = cupy.cuda.get_current_stream
         self.launch = cupy.cuda.driver.launchKernel
         self.zero = cupy.cuda.runtime.memsetAsync
-        self.device = cupy.cuda.runtime.getDevice
-        cupy.cuda.runtime.setDevice(self.device())  # the driver knows no device in a new thread
+        self._current = cupy.cuda.runtime.getDevice
+        cupy.cuda.runtime.setDevice(self._current())  # the driver knows no device in a new thread
+
+    def is_elsewhere(self, device: int) -> bool:
+        """Whether another device than this one is the current one."""
+        return self._current() != device
 
 
 @lru_cache(maxsize=1)
@@ -409,7 +417,7 @@ def workspace_bound(problem: Problem, *, backward: bool, lean: bool) -> int:
 
 def aligned(pointers: Sequence[int]) -> bool:
     """Whether the tensors among the pointers to OPERANDS are all at multiples of 16, as the widest copies need them."""
-    q, k, v, out, dout, dq, dk, dv = pointers[:8]
+    q, k, v, out, dout, dq, dk, dv, *_ = pointers
     return (q | k | v | out | dout | dq | dk | dv) % 16 == 0
 
 
@@ -419,7 +427,7 @@ def aligned(pointers: Sequence[int]) -> bool:
 def forward(plan: ForwardPlan, inputs: Sequence[Any], seed: int, with_lse: bool) -> tuple[Any, Any]:
     """(out, lse or None) from CuPy's pool, on the current stream of the inputs' device; these as in plans.INPUTS."""
     gpu = _gpu()
-    if gpu.device() != plan.device:
+    if gpu.is_elsewhere(plan.device):
         with gpu.cuda.Device(plan.device):
             return forward(plan, inputs, seed, with_lse)
     out = gpu.ndarray(plan.out.shape, dtype_of(plan.out.dtype))
@@ -443,7 +451,7 @@ def backward(plan: BackwardPlan, arrays: Sequence[Any], given: Sequence[Any], se
     deterministic, or memory is lean and no bias is broadcast, the gradients are bitwise reproducible.
     """
     gpu = _gpu()
-    if gpu.device() != plan.device:
+    if gpu.is_elsewhere(plan.device):
         with gpu.cuda.Device(plan.device):
             return backward(plan, arrays, given, seed)
     gradients = plans.targets(plan, given, lambda like: gpu.ndarray(like.shape, dtype_of(like.dtype)))
