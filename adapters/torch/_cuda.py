@@ -75,13 +75,9 @@ def backward(
             for x, target in zip(differentiated(operands, with_dbias), (*given, None, None), strict=False)
         ]
     )
-    pointers = _pointers((q, k, v, out, dout, *gradients[:3], lse, dlse))
-    if extras:
-        found = dict(zip(plan.gradients, gradients, strict=True))
-        pointers += _pointers((found.get("dsinks"), *extras, found.get("dbias")))
-    else:
-        pointers += (0, *_NO_POINTERS, 0)
-    _run(plan, q, pointers, seed)
+    found = dict(zip(plan.gradients, gradients, strict=True))
+    more = (found.get("dsinks"), *Operands(*operands)[3:], found.get("dbias"))
+    _run(plan, q, _pointers((q, k, v, out, dout, *gradients[:3], lse, dlse, *more)), seed)
     return gradients
 
 
@@ -101,8 +97,7 @@ def _run(
     launches.run(torch._C._cuda_getCurrentRawStream(plan.device), pointers, workspace, seed)
 
 
-_NO_EXTRAS = (None,) * (len(Operands._fields) - 3)
-_NO_POINTERS = (0,) * len(_NO_EXTRAS)
+_NO_POINTERS = (0,) * (len(Operands._fields) - 3)
 
 
 def _pointers(tensors: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
@@ -137,7 +132,7 @@ def _arguments(options: Options) -> tuple[Any, ...]:
 
 @plans.remembered
 def _forward_plan(q: Any, k: Any, v: Any, extras: Any, *options: Any) -> ForwardPlan:
-    return plans.forward(*_signatures(plans.INPUTS, (q, k, v, *(extras or _NO_EXTRAS))), *options)
+    return plans.forward(*_signatures(plans.INPUTS, Operands(q, k, v, *extras)), *options)
 
 
 @plans.remembered
@@ -156,7 +151,7 @@ def _backward_plan(
     *options: Any,
 ) -> BackwardPlan:
     names = ("dout", "out", "lse", "dlse", "dq", "dk", "dv", *plans.INPUTS)
-    signatures = _signatures(names, (dout, out, lse, *dlse_and_given, q, k, v, *(extras or _NO_EXTRAS)))
+    signatures = _signatures(names, (dout, out, lse, *dlse_and_given, *Operands(q, k, v, *extras)))
     return plans.backward(*signatures, accumulate, memory, with_dbias, *options)
 
 

@@ -95,7 +95,7 @@ def attend(tensors: tuple[Any, ...], settings: tuple[Any, ...], return_lse: bool
     few = alibi_slopes is None and sinks is None and cu_seqlens_q is None and cu_seqlens_k is None
     if few and bias is None and mask is None:
         operands = (q, k, v)
-    plain, with_gradients = _survey(q, operands[:3], operands[3:], Operands._fields)
+    plain, with_gradients = _survey(q, operands[:3], operands[3:], Operands._fields[: len(operands)])
     if options.seed is not None:
         _check_seed(options.seed)
     if with_gradients:
@@ -238,7 +238,7 @@ def _survey(
     else:
         return not q.is_meta, with_gradients and torch.is_grad_enabled()
     tensors = []
-    for i, (name, x) in enumerate(zip(names, (*needed, *others), strict=False)):
+    for i, (name, x) in enumerate(zip(names, (*needed, *others), strict=True)):
         if x is not None or i < len(needed):
             _check_unusual(name, x, q)
             tensors.append(x)

@@ -26,6 +26,7 @@ from tests.contract.test_contract import (  # noqa: F401
     test_a_sink_of_minus_infinity_is_no_sink,
     test_backward,
     test_forward,
+    test_large_scores_select_rows_of_v,
     test_nan_row,
     test_no_dlse_is_zero_dlse,
     test_out_alone_is_out_with_lse,

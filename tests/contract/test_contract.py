@@ -134,21 +134,6 @@ def case_in(backend: Backend, dtype: str, **fields: Any) -> Case:
     return Case(name=f"{dtype} {fields}", dtype=dtype, **fields)
 
 
-def selecting(
-    backend: Backend, dtype: str, head_dim: int, causal: bool, size: float
-) -> tuple[Case, Inputs, np.ndarray]:
-    """Queries that are each one of the keys, whose elements are about `size`; of which, -1 where a query has none."""
-    q_len, kv_len = 300, 280
-    lengths = {"q_len": q_len, "kv_len": kv_len, "head_dim": head_dim, "head_dim_v": head_dim}
-    case = case_in(backend, dtype, batch=1, heads=2, kv_heads=2, causal=causal, **lengths)
-    inputs = make_inputs(case)
-    inputs.k[...] = (size * np.sign(inputs.k.astype(np.float32))).astype(inputs.k.dtype) + inputs.k
-    allowed = np.clip(np.arange(q_len) + 1 + kv_len - q_len, 0, kv_len) if causal else np.full(q_len, kv_len)
-    key = (np.random.default_rng(0).random(q_len) * allowed).astype(int)
-    inputs.q[...] = inputs.k[:, key]
-    return case, inputs, np.where(allowed > 0, key, -1)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_out_alone_is_out_with_lse(backend: Backend, dtype: str):
     case = case_in(backend, dtype, **FEATURES)
@@ -291,10 +276,17 @@ def test_large_scores_select_rows_of_v(backend: Backend, head_dim: int, causal: 
     """Each query finds one key by a score of up to 1e6, in whose float32 an ulp is 1/8: P is 1 there and 0 elsewhere,
     out is that row of V, to what P loses in its dtype where its exponent is not quite 0, and dS is what is then left of
     the two sums that cancel in it."""
-    case, inputs, key = selecting(backend, dtype, head_dim, causal, size)
+    q_len, kv_len = 300, 280
+    lengths = {"q_len": q_len, "kv_len": kv_len, "head_dim": head_dim, "head_dim_v": head_dim}
+    case = case_in(backend, dtype, batch=1, heads=2, kv_heads=2, causal=causal, **lengths)
+    inputs = make_inputs(case)
+    inputs.k[...] = (size * np.sign(inputs.k.astype(np.float32))).astype(inputs.k.dtype) + inputs.k
+    allowed = np.clip(np.arange(q_len) + 1 + kv_len - q_len, 0, kv_len) if causal else np.full(q_len, kv_len)
+    key = (np.random.default_rng(0).random(q_len) * allowed).astype(int)
+    inputs.q[...] = inputs.k[:, key]
     out, lse = run_forward(backend, case, inputs)
     (dq, dk, _), _ = run_backward(backend, case, inputs, out, lse)
-    found = key >= 0
+    found = allowed > 0
     dout, v, k = (x.astype(np.float64) for x in (inputs.dout, inputs.v[:, key], inputs.k[:, key]))
     loss = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-21, "float64": 2.0**-50}[dtype]
     error = np.abs(backend.numpy(out).astype(np.float64) - np.where(found[:, None, None], v, 0))
