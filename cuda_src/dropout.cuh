@@ -29,6 +29,9 @@ __device__ __forceinline__ void multiply_wide(unsigned int& low, unsigned int& h
         : "r"(a), "r"(b));
 }
 
+__device__ __forceinline__ unsigned int low_word(unsigned long long x) { return static_cast<unsigned int>(x); }
+__device__ __forceinline__ unsigned int high_word(unsigned long long x) { return static_cast<unsigned int>(x >> 32); }
+
 // Which elements of BLOCKS blocks [16, 16] of accumulators are kept, this lane's. Of block j the pair of elements
 // (accumulator tile 2 j + t; r = 2 s, 2 s + 1) has number i = 4 j + 2 s + t: bits i and i + 16, of a word for 4 blocks.
 template <int BLOCKS>
@@ -48,6 +51,7 @@ struct Kept {
 };
 
 struct Dropout {
+    static constexpr unsigned int FACTOR_0 = 0xD2511F53, FACTOR_1 = 0xCD9E8D57;
     const RoundKeys& keys;
     unsigned int head, batch;
     unsigned int limit, flip;  // of two elements: p.dropout_limit and p.dropout_flip
@@ -61,21 +65,53 @@ struct Dropout {
           flip(p.dropout_flip),
           scale(p.dropout_scale) {}
 
+    // What the counters of a row (x0, x1 = the keys', head, batch) have in common: their first three rounds without
+    // what x1 goes into, which is one of the two products in the second round and in the third.
+    struct Row {
+        unsigned int x0_first, x2_second, x0_third, x2_third, x3_third;
+    };
+    __device__ __forceinline__ Row row(unsigned int x0) const {
+        unsigned int low0, high0, low1, high1;
+        Row row;
+        multiply_wide(low0, high0, x0, FACTOR_0);
+        multiply_wide(low1, high1, head, FACTOR_1);
+        row.x0_first = high1 ^ low_word(keys.r0);  // ^ x1
+        row.x2_second = low0 ^ high_word(keys.r1);
+        const unsigned int x1 = low1, x2 = high0 ^ batch ^ high_word(keys.r0);
+        multiply_wide(low1, high1, x2, FACTOR_1);
+        row.x0_third = low1 ^ low_word(keys.r2);
+        multiply_wide(low0, high0, high1 ^ x1 ^ low_word(keys.r1), FACTOR_0);
+        row.x2_third = high0 ^ high_word(keys.r2);
+        row.x3_third = low0;
+        return row;
+    }
+
     // The four words of a counter, for sixteen elements.
-    __device__ __forceinline__ uint4 words(unsigned int x0, unsigned int x1) const {
-        unsigned int x2 = head, x3 = batch;
-        const unsigned long long key[] = {keys.r0, keys.r1, keys.r2, keys.r3, keys.r4, keys.r5, keys.r6};
+    __device__ __forceinline__ uint4 words(const Row& row, unsigned int keys_counter) const {
+        unsigned int low0, high0, low1, high1;
+        multiply_wide(low0, high0, row.x0_first ^ keys_counter, FACTOR_0);
+        multiply_wide(low1, high1, row.x2_second ^ high0, FACTOR_1);
+        unsigned int x0 = row.x0_third ^ high1, x1 = low1, x2 = row.x2_third ^ low0, x3 = row.x3_third;
+        const unsigned long long key[] = {keys.r3, keys.r4, keys.r5, keys.r6};
 #pragma unroll
-        for (int round = 0; round < 7; ++round) {
-            unsigned int low0, high0, low1, high1;
-            multiply_wide(low0, high0, x0, 0xD2511F53u);
-            multiply_wide(low1, high1, x2, 0xCD9E8D57u);
-            x0 = high1 ^ x1 ^ static_cast<unsigned int>(key[round]);
-            x2 = high0 ^ x3 ^ static_cast<unsigned int>(key[round] >> 32);
+        for (int round = 0; round < 4; ++round) {
+            multiply_wide(low0, high0, x0, FACTOR_0);
+            multiply_wide(low1, high1, x2, FACTOR_1);
+            x0 = high1 ^ x1 ^ low_word(key[round]);
+            x2 = high0 ^ x3 ^ high_word(key[round]);
             x1 = low1;
             x3 = low0;
         }
         return make_uint4(x0, x1, x2, x3);
+    }
+
+    // The row of counters of this lane, of 16 rows from q_first on, with what the lane adds to the keys' counter, which
+    // is a multiple of 4 but for that.
+    __device__ __forceinline__ Row own_row(int q_first) const {
+        const int lane = threadIdx.x % 32;
+        Row own = row(q_first / 2 + lane / 4);
+        own.x0_first ^= lane % 4;
+        return own;
     }
 
     // The two of them whose elements have the 16 keys from kv_first on.
@@ -88,26 +124,26 @@ struct Dropout {
         return halves_below(t % 2 ? __funnelshift_l(word, word, 8) : word, limit);
     }
 
-    // Zeros in the place of dropped elements of P, packed as an operand: rows queries from q_first on, columns keys
-    // from kv_first on, a multiple of 32.
+    // Zeros in the place of dropped elements of P, packed as an operand: rows those of own_row, columns keys from
+    // kv_first on, a multiple of 32.
     template <int BLOCKS>
-    __device__ __forceinline__ void drop(unsigned int (&P)[BLOCKS][4], int q_first, int kv_first) const {
+    __device__ __forceinline__ void drop(unsigned int (&P)[BLOCKS][4], const Row& row, int kv_first) const {
+#pragma unroll
+        for (int i = 0; i < BLOCKS / 2; ++i) drop_part(P, i, row, kv_first);
+    }
+
+    // The same of counter number `i` alone, so of blocks 2 i and 2 i + 1.
+    template <int BLOCKS>
+    __device__ __forceinline__ void drop_part(unsigned int (&P)[BLOCKS][4], int i, const Row& row, int kv_first) const {
         static_assert(BLOCKS % 2 == 0);
-        const int lane = threadIdx.x % 32;
+        const uint4 words = this->words(row, kv_first / 8 + 4 * i);
+        const unsigned int word[2][2] = {{words.x, words.y}, {words.z, words.w}};
 #pragma unroll
-        for (int block = 0; block < BLOCKS; block += 2) {
-            const uint4 words = this->words(q_first / 2 + lane / 4, kv_first / 8 + 2 * block + lane % 4);
-            const unsigned int word[2][2] = {{words.x, words.y}, {words.z, words.w}};
+        for (int block = 0; block < 2; ++block) {
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                unsigned int (&p)[4] = P[block + i];  // by accumulator tile, then by row
+            for (int s = 0; s < 2; ++s) {
 #pragma unroll
-                for (int s = 0; s < 2; ++s) {
-#pragma unroll
-                    for (int t = 0; t < 2; ++t) p[2 * t + s] &= drawn(word[i][s], t) ^ flip;
-                }
-                // One counter after the other, which saves registers.
-                asm volatile("" : "+r"(p[0]), "+r"(p[1]), "+r"(p[2]), "+r"(p[3]));
+                for (int t = 0; t < 2; ++t) P[2 * i + block][2 * t + s] &= drawn(word[block][s], t) ^ flip;
             }
         }
     }
@@ -116,10 +152,10 @@ struct Dropout {
     template <int BLOCKS>
     __device__ __forceinline__ void draw(Kept<BLOCKS>& kept, int q_first, int kv_first) const {
         static_assert(BLOCKS % 2 == 0 || BLOCKS == 1);
-        const int lane = threadIdx.x % 32;
+        const Row row = own_row(q_first);
 #pragma unroll
         for (int block = 0; block < BLOCKS; block += 2) {
-            const uint4 word = words(q_first / 2 + lane / 4, kv_first / 32 * 4 + 2 * block + lane % 4);
+            const uint4 word = words(row, kv_first / 32 * 4 + 2 * block);
             if constexpr (BLOCKS == 1) {
                 collect<false>(kept, 0, words_of_keys(word, kv_first));
             } else {
@@ -137,7 +173,7 @@ struct Dropout {
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block) {
             const unsigned int query = q_first / 2 + 8 * block + lane % 4 * 2 + odd;
-            collect<true>(kept, block, words_of_keys(words(query, kv_first / 32 * 4 + lane / 8), kv_first));
+            collect<true>(kept, block, words_of_keys(words(row(query), kv_first / 32 * 4 + lane / 8), kv_first));
         }
 #pragma unroll
         for (unsigned int& word : kept.words) {

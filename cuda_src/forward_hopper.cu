@@ -32,17 +32,27 @@ static_assert(TILE.q_slots >= GROUPS && TILE.q_slots <= 2 * GROUPS);
 static_assert(TILE.rows == 64 * GROUPS && TILE.cols % 16 == 0);
 static_assert(PRODUCER_REGISTERS + GROUPS * MATH_REGISTERS <= (GROUPS + 1) * LAUNCH_REGISTERS);
 
-constexpr bool LONG_SCORE_STAGE = SPEC.softcap || SPEC.alibi || SPEC.dropout;  // which needs registers of its own
 // Whether the tanh of a tile that no mask cuts joins its exponentials: where nothing else is added to the scores, and
 // registers suffice.
 constexpr bool JOINS_TANH = SPEC.softcap && !SPEC.alibi && DV <= 128;
+// Whether dropout follows each exponential at once, under which its random numbers are then drawn, instead of all of
+// them.
+constexpr bool DROPS_AT_ONCE = SPEC.dropout && !SPEC.softcap && !SPEC.alibi && DV == 128;
+// How exponentials with softcap come by the tanh of a tile. Where one way is out of its range, a later one is taken.
+enum class Tanh {
+    SERIES,  // joined, by a polynomial: scores far below the cap
+    SHARED,  // joined, with one reciprocal for four neighbours
+    BEFORE,  // before them, each score by itself: any cap and mask
+    DONE     // they are computed again, with another m
+};
+constexpr int MOST_RELUCTANT = 31;  // then the series is tried in one tile of 32
 // How far (in log2) scores may grow past m before m follows: P stays below 2^8.
 constexpr float RESCALE_THRESHOLD = 8.0f;
 // In the steady state nobody looks for the row maximum: m stays, and the row sums tell whether P is in range. P goes to
 // a second set of registers, which leaves S for the case that it is not; or, where registers do not suffice for that,
 // to the place of S, which is then computed again.
 constexpr bool IN_PLACE = TILE.p_sets == 1;
-static_assert(!IN_PLACE || !LONG_SCORE_STAGE);
+static_assert(!IN_PLACE || !(SPEC.softcap || SPEC.alibi || SPEC.dropout));
 // The largest sum of a lane's part of a row of P that counts as in range: of float16, or of the exponents that bfloat16
 // shares with float32, with room for V.
 constexpr float LARGEST_SUM = IN_PLACE && SPEC.dtype == Dtype::bfloat16 ? 0x1p30f : 0x1p12f;
@@ -301,6 +311,28 @@ struct Slope {
     }
 };
 
+// tanh x = x (a + b x^2 + c x^4) up to |x| = LIMIT, to an absolute error of 1.7e-7 (the minimax polynomial), for x =
+// factor S and times `cap`, as a polynomial in v = S^2 - end, whose sign tells whether S is within the limit.
+struct TanhSeries {
+    static constexpr float LIMIT = 0.3f, a = 0.99999601f, b = -0.33297480f, c = 0.12522591f;
+    float end, c0, c1, c2;
+
+    __device__ __forceinline__ TanhSeries(float factor, float cap) {
+        constexpr float SQUARE = LIMIT * LIMIT;
+        const float unit = factor * factor;
+        end = SQUARE / unit;
+        c0 = cap * factor * (a + SQUARE * (b + SQUARE * c));
+        c1 = cap * factor * unit * (b + 2.0f * SQUARE * c);
+        c2 = cap * factor * unit * unit * c;
+    }
+
+    // Whether factors that far from 1 leave the coefficients, and the square of LIMIT / factor, in the range of
+    // float32.
+    __device__ __forceinline__ static bool serves(float factor) {
+        return fabsf(factor) > 0x1p-20f && fabsf(factor) < 0x1p20f;
+    }
+};
+
 // The state of the online softmax of this lane's two rows. It takes S as the product gives it, with softcap what stands
 // for the tanh (tanh_of_tile), and the factor of the exponent joins the subtraction of m.
 //
@@ -384,14 +416,37 @@ struct Softmax {
         }
     }
 
-    // The same from S as the product gives it, with softcap: P = 2^(-factor / (1 + 2^x) - m), x = tanh_factor S, where
-    // the cap is not large. Four neighbours of a row share a reciprocal, that of the product of their 1 + 2^x. These
-    // are kept times 2^-30 and end at 2^30, by the saturation of the instruction, so that the product stays in range.
-    // (NaN saturates to 0: it becomes NaN of some neighbour, which is of the same row, as no mask cuts the tile.)
+    // The same from S as the product gives it, with softcap: P = 2^(cap tanh - cap - factor m), factor = 2 cap, by the
+    // series. Whether it holds for all scores of the lane; if not, P and the sums are of no use. (NaN is beyond it.)
+    template <typename Use>
+    __device__ __forceinline__ bool series_exponentials(const float (&S)[N][4], const TanhSeries& series,
+                                                        float (&sum)[2], Use use) {
+        unsigned int within = 0x80000000;  // the sign that all v have in common
+        sum[0] = sum[1] = 0.0f;
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            float p[4];
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                const float v = fmaf(S[n][r], S[n][r], -series.end);
+                within &= __float_as_uint(v);
+                const float slope = fmaf(fmaf(series.c2, v, series.c1), v, series.c0);
+                p[r] = exp2_approximate(fmaf(S[n][r], slope, -factor * (m[r / 2] + 0.5f)));
+                sum[r / 2] += p[r];
+            }
+            use(n, p);
+        }
+        return within != 0;
+    }
+
+    // The same for any score, where the cap is not large: P = 2^(-factor / (1 + 2^x) - factor m), x = tanh_factor S.
+    // Four neighbours of a row share a reciprocal, that of the product of their 1 + 2^x. These are kept times 2^-30 and
+    // end at 2^30, by the saturation of the instruction, so that the product stays in range. (NaN saturates to 0: it
+    // becomes NaN of some neighbour, which is of the same row, as no mask cuts the tile.)
     template <typename Use>
     __device__ __forceinline__ void capped_exponentials(const float (&S)[N][4], float tanh_factor, float (&sum)[2],
                                                         Use use) {
-        constexpr float UNITY = 0x1p-30f;
+        constexpr float SCALE = 0x1p-30f;
         sum[0] = sum[1] = 0.0f;
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
@@ -402,16 +457,15 @@ struct Softmax {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const float power = exp2_approximate(tanh_factor * S[n + i / 2][2 * half + i % 2]);
-                    a[i / 2][i % 2] = __saturatef(fmaf(power, UNITY, UNITY));
+                    a[i / 2][i % 2] = __saturatef(fmaf(power, SCALE, SCALE));
                 }
                 const float product[2] = {a[0][0] * a[0][1], a[1][0] * a[1][1]};
-                const float quotient = -factor * UNITY * reciprocal_approximate(product[0] * product[1]);
-                const float row = m[half] == MINUS_INFINITY ? 0.0f : -m[half] * factor;
+                const float quotient = -factor * SCALE * reciprocal_approximate(product[0] * product[1]);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const float others = quotient * product[1 - i / 2];
                     float& x = p[i / 2][2 * half + i % 2];
-                    x = exp2_approximate(fmaf(others, a[i / 2][1 - i % 2], row));
+                    x = exp2_approximate(fmaf(others, a[i / 2][1 - i % 2], -factor * m[half]));
                     sum[half] += x;
                 }
             }
@@ -420,9 +474,10 @@ struct Softmax {
         }
     }
 
-    // Whether exponentials with these sums are in range in every row of the warp. (NaN counts as out of range.)
-    __device__ __forceinline__ bool in_range(const float (&sum)[2]) const {
-        const bool fits = sum[0] < LARGEST_SUM && sum[1] < LARGEST_SUM;
+    // Whether exponentials with these sums are in range in every row of the warp, and all its lanes' are of use. (NaN
+    // counts as out of range, and so does a row whose m is not known yet.)
+    __device__ __forceinline__ bool in_range(const float (&sum)[2], bool of_use = true) const {
+        const bool fits = of_use && sum[0] < LARGEST_SUM && sum[1] < LARGEST_SUM;
         return __all_sync(0xFFFFFFFF, fits && m[0] > MINUS_INFINITY && m[1] > MINUS_INFINITY);
     }
 
@@ -455,7 +510,8 @@ __device__ __forceinline__ void finish_scores(float (&S)[N][4], const Scores& sc
 __device__ __forceinline__ void issue_scores(float (&S)[N][4], unsigned int Q_smem, unsigned int K_smem) {
     // Q stays in place, so the compiler keeps the descriptors of all steps in uniform registers. Where these are too
     // many beside the rest, an address that looks new has them computed here each time.
-    if constexpr (D > 128 || DV > 128 || LONG_SCORE_STAGE) asm volatile("" : "+r"(Q_smem));
+    if constexpr (D > 128 || DV > 128 || SPEC.softcap || SPEC.alibi || (SPEC.dropout && SPEC.packed))
+        asm volatile("" : "+r"(Q_smem));
     const unsigned long long Q = tile_descriptor(Q_smem, 16), K = tile_descriptor(K_smem, 16);
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
@@ -562,9 +618,13 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
     Scores scores(p, 0, 0, band.offset);
     Softmax softmax;
     softmax.factor = SPEC.softcap ? halved_factor(scores.cap) : scores.factor;
+    const TanhSeries series(scores.factor, scores.cap);
+    // The series is tried where the number of the tile has none of these bits: ever less often after it was of no use.
+    int reluctance = 0;
     Task task;
-    TileRange tiles;  // of keys that these rows of the task need
-    int after;        // tiles that only the others need, behind those
+    Dropout::Row counters;  // of the warp's rows of the task
+    TileRange tiles;        // of keys that these rows of the task need
+    int after;              // tiles that only the others need, behind those
     int tile;
     auto next_task = [&] {
         barrier_wait(smem.Q_full(q_slot.index), q_slot.parity);
@@ -573,7 +633,10 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
     // Whether the task has rows for this warpgroup: the last tile of a head may not.
     auto has_rows = [&](const Task& task) { return task.q_first + 64 * warpgroup < task.sequence(p).q_len; };
     auto find_tiles = [&](const Task& task) {  // and how many the others need before them
-        const Band own = SPEC.packed ? band_of(task.sequence(p)) : band;
+        Band own = SPEC.packed ? band_of(task.sequence(p)) : band;
+        // It looks new, or the compiler would keep the number of its tiles from task to task, in registers that are
+        // short.
+        if constexpr (DROPS_AT_ONCE) asm volatile("" : "+r"(own.kv_len));
         const TileRange all = tiles_of_task(own, task.q_first, task.sequence(p).q_len);
         tiles = tiles_of_rows(own, all, task.q_first + 64 * warpgroup);
         after = all.last - tiles.last;
@@ -586,6 +649,11 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
         scores = Scores(p, task.index, task.head, band.offset);
         softmax.restart();
         softmax.slope.slope = scores.slope;
+        reluctance /= 2;
+        if constexpr (SPEC.dropout) {
+            const int q_row = task.q_first - (SPEC.packed ? task.shift : 0) + warp_row;
+            counters = Dropout(p, task.index, task.head).own_row(q_row);
+        }
     };
     const Turn turn{warpgroup};
     // Tiles of the stream that these rows do not need: the turn is passed on, the buffers are given back.
@@ -618,10 +686,7 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
     };
     auto kv_first = [&] { return tile_of_turn(band, tiles, task.q_first, tile) * TILE.cols; };
     auto drop = [&](unsigned int (&P)[N / 2][4]) {
-        if constexpr (SPEC.dropout) {
-            const int q_row = task.q_first - (SPEC.packed ? task.shift : 0) + warp_row;
-            Dropout(p, task.index, task.head).drop(P, q_row, kv_first());
-        }
+        if constexpr (SPEC.dropout) Dropout(p, task.index, task.head).drop(P, counters, kv_first());
     };
     auto is_cut = [&] { return band.cuts(task.q_first + warpgroup * 64, 64, kv_first(), TILE.cols); };
     auto finish = [&] {
@@ -768,9 +833,13 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
                 wgmma_wait<1>();
                 pin(S);
                 if constexpr (!IN_PLACE) release_scores();
-                bool joined = JOINS_TANH && scores.cap <= LARGE_CAP && !is_cut();
-                bool raw = true;  // S is as the product gives it
                 if constexpr (!JOINS_TANH) finish();
+                Tanh way = Tanh::DONE;
+                if (JOINS_TANH) {
+                    const bool joins = scores.cap <= LARGE_CAP && !is_cut();
+                    const bool tries = TanhSeries::serves(scores.factor) && (tile & reluctance) == 0;
+                    way = !joins ? Tanh::BEFORE : tries ? Tanh::SERIES : Tanh::SHARED;
+                }
                 bool grown = false, fits = true;
                 if constexpr (!IN_PLACE) {
                     // Again with another m where P is out of range; a loop, so that P is computed in one place. That it
@@ -778,24 +847,41 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
 #pragma unroll 1
                     while (true) {
                         auto use = [&](int n, const float (&x)[4]) { pack_tile(P, n, x); };
-                        if (joined) {
+                        bool within = true;
+                        if (way == Tanh::SERIES) {
+                            within = softmax.series_exponentials(S, series, sum, use);
+                        } else if (way == Tanh::SHARED) {
                             softmax.capped_exponentials(S, scores.factor * 2.0f * LOG2_E, sum, use);
                         } else {
-                            if (JOINS_TANH && raw) finish();
-                            raw = false;
-                            softmax.exponentials(S, sum, use);
+                            if (way == Tanh::BEFORE) finish();
+                            if constexpr (DROPS_AT_ONCE) {
+                                const Dropout dropout(p, task.index, task.head);
+                                softmax.exponentials(S, sum, [&](int n, const float (&x)[4]) {
+                                    pack_tile(P, n, x);
+                                    if (n % 4 == 3) dropout.drop_part(P, n / 4, counters, kv_first());
+                                });
+                            } else {
+                                softmax.exponentials(S, sum, use);
+                            }
                         }
                         pin(P);
-                        if (softmax.in_range(sum)) break;
-                        if (joined) {
-                            joined = false;
-                            continue;
+                        if (softmax.in_range(sum, within)) {
+                            if (way == Tanh::SERIES) reluctance = 0;
+                            break;
                         }
-                        const bool moved = softmax.follow(S, 0.0f, rescale);
-                        grown |= moved;
-                        if (!moved) break;
+                        if (way == Tanh::SERIES && __any_sync(0xFFFFFFFF, !within)) {
+                            reluctance = min(2 * reluctance + 1, MOST_RELUCTANT);
+                            way = Tanh::SHARED;
+                        } else if (way == Tanh::SERIES || way == Tanh::SHARED) {
+                            way = Tanh::BEFORE;
+                        } else {
+                            const bool moved = softmax.follow(S, 0.0f, rescale);
+                            grown |= moved;
+                            if (!moved) break;
+                            way = Tanh::DONE;
+                        }
                     }
-                    drop(P);
+                    if constexpr (!DROPS_AT_ONCE) drop(P);
                 } else {
                     softmax.exponentials(S, sum, in_place);
                     fits = named_barrier_all(1 + GROUPS + warpgroup, 128, softmax.in_range(sum));
