@@ -135,7 +135,7 @@ struct Dropout {
     // The same of counter number `i` alone, so of blocks 2 i and 2 i + 1.
     template <int BLOCKS>
     __device__ __forceinline__ void drop_part(unsigned int (&P)[BLOCKS][4], int i, const Row& row, int kv_first) const {
-        static_assert(BLOCKS % 2 == 0);
+        static_assert(BLOCKS % 2 == 0 || !SPEC.dropout);
         const uint4 words = this->words(row, kv_first / 8 + 4 * i);
         const unsigned int word[2][2] = {{words.x, words.y}, {words.z, words.w}};
 #pragma unroll
