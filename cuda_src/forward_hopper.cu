@@ -35,9 +35,9 @@ static_assert(PRODUCER_REGISTERS + GROUPS * MATH_REGISTERS <= (GROUPS + 1) * LAU
 // Whether the tanh of a tile that no mask cuts joins its exponentials: where nothing else is added to the scores, and
 // registers suffice.
 constexpr bool JOINS_TANH = SPEC.softcap && !SPEC.alibi && DV <= 128;
-// Whether dropout follows each exponential at once, under which its random numbers are then drawn, instead of all of
-// them.
-constexpr bool DROPS_AT_ONCE = SPEC.dropout && !SPEC.softcap && !SPEC.alibi && DV == 128;
+// Whether dropout follows each exponential at once, so that its random numbers are drawn under the next ones, and not
+// after them all.
+constexpr bool DROPS_AT_ONCE = SPEC.dropout && !SPEC.softcap && !SPEC.alibi && DV == 128 && GROUPS == 2;
 // How exponentials with softcap come by the tanh of a tile. Where one way is out of its range, a later one is taken.
 enum class Tanh {
     SERIES,  // joined, by a polynomial: scores far below the cap
@@ -326,8 +326,7 @@ struct TanhSeries {
         c2 = cap * factor * unit * unit * c;
     }
 
-    // Whether factors that far from 1 leave the coefficients, and the square of LIMIT / factor, in the range of
-    // float32.
+    // Whether the factor leaves the coefficients, and the square of LIMIT / factor, in the range of float32.
     __device__ __forceinline__ static bool serves(float factor) {
         return fabsf(factor) > 0x1p-20f && fabsf(factor) < 0x1p20f;
     }
@@ -634,8 +633,7 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
     auto has_rows = [&](const Task& task) { return task.q_first + 64 * warpgroup < task.sequence(p).q_len; };
     auto find_tiles = [&](const Task& task) {  // and how many the others need before them
         Band own = SPEC.packed ? band_of(task.sequence(p)) : band;
-        // It looks new, or the compiler would keep the number of its tiles from task to task, in registers that are
-        // short.
+        // It looks new, or the compiler would keep the number of its tiles in registers, which are short.
         if constexpr (DROPS_AT_ONCE) asm volatile("" : "+r"(own.kv_len));
         const TileRange all = tiles_of_task(own, task.q_first, task.sequence(p).q_len);
         tiles = tiles_of_rows(own, all, task.q_first + 64 * warpgroup);
