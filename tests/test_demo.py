@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from rich.live import Live
 
 from cuflash import UnsupportedError, reference
@@ -561,8 +562,7 @@ def test_a_real_ctrl_c_leaves_a_clean_terminal(tmp_path: Path) -> None:
         before = list(itertools.takewhile(lambda line: "Memory" not in line, process.stdout))
         process.send_signal(signal.SIGINT)
         after, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors == ""
+    assert (errors, process.returncode) == ("", 130)
     assert "interrupted" in after
     printed = "".join(before) + after
     assert printed.rfind("\x1b[?25h") >= printed.rfind("\x1b[?25l")  # the cursor, hidden by a spinner, is back
@@ -585,6 +585,22 @@ def test_an_interrupt_of_a_spinner_that_starts(
     monkeypatch.setattr(Live, "start", interrupted)
     assert main(["demo", "--device", "cpu", "--output", str(tmp_path)]) == 130
     assert [live.is_started for live in lives] == [False]
+
+
+def test_an_interrupt_while_a_spinner_is_put_up(
+    small: job.Size, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show_cursor = Console.show_cursor
+
+    def interrupted(console: Console, show: bool = True) -> bool:
+        if not show:
+            signal.raise_signal(signal.SIGINT)
+        return show_cursor(console, show)
+
+    monkeypatch.setattr(Console, "show_cursor", interrupted)
+    assert main(["demo", "--device", "cpu", "--output", str(tmp_path)]) == 130
+    assert read_report(tmp_path)["status"] == "interrupted"
+    assert "interrupted" in capsys.readouterr().out
 
 
 def test_an_error_on_the_way_still_leaves_a_report(

@@ -14,6 +14,7 @@ import numpy as np
 
 from cuflash.demo import exactness, machine, memory, text, training
 from cuflash.demo.model import Config, Model
+from cuflash.demo.progress import shown
 from cuflash.demo.text import Text
 from cuflash.errors import UnsupportedError
 
@@ -159,13 +160,9 @@ class _Job:
 
     @contextmanager
     def spinner(self, label: str) -> Iterator[Status]:
-        """A spinner, which is taken away also where an interrupt came while it was being put up."""
-        status = self.console.status(label)
-        try:
-            with status:
-                yield status
-        finally:
-            status.stop()
+        """A spinner, which is taken away also where an interrupt comes."""
+        with shown(self.console.status(label)) as status:
+            yield status
 
     def show_device(self) -> None:
         """Name what computes; also why it is not a GPU, where none was forbidden."""
@@ -246,7 +243,7 @@ class _Job:
             TextColumn("{task.percentage:3.0f}%  bits per byte {task.fields[loss]}, held-out {task.fields[held_out]}"),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=self.console) as progress:
+        with shown(Progress(*columns, console=self.console)) as progress:
             task = progress.add_task("training", total=1.0, step=0, loss="-", held_out="-")
             for step in training.train(model, self.corpus, context=context, schedule=self.scale.schedule):
                 result["steps"], result["seconds"] = step.step, round(step.seconds, 2)
