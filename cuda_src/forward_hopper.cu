@@ -38,6 +38,8 @@ constexpr bool JOINS_TANH = SPEC.softcap && !SPEC.alibi && DV <= 128;
 // Whether dropout follows each exponential at once, so that its random numbers are drawn under the next ones, and not
 // after them all.
 constexpr bool DROPS_AT_ONCE = SPEC.dropout && !SPEC.softcap && !SPEC.alibi && DV == 128 && GROUPS == 2;
+// Whether registers suffice to keep, from tile to tile, what the counters of its random numbers have in common.
+constexpr bool KEEPS_COUNTERS = SPEC.dropout && !(SPEC.softcap && SPEC.alibi);
 // How exponentials with softcap come by the tanh of a tile. Where one way is out of its range, a later one is taken.
 enum class Tanh {
     SERIES,  // joined, by a polynomial: scores far below the cap
@@ -102,6 +104,9 @@ struct Task {
     // Packed:
     int q_start, kv_start, kv_len;
     int shift;  // the number of the sequence's first row
+
+    // Its first row, counted as the sequence's own.
+    __device__ __forceinline__ int row_in_sequence() const { return q_first - (SPEC.packed ? shift : 0); }
 
     __device__ __forceinline__ Sequence sequence(const Params& p) const {
         if constexpr (SPEC.packed) return Sequence{index, 0, q_start, kv_start, RAGGED, kv_len};
@@ -648,9 +653,8 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
         softmax.restart();
         softmax.slope.slope = scores.slope;
         reluctance /= 2;
-        if constexpr (SPEC.dropout) {
-            const int q_row = task.q_first - (SPEC.packed ? task.shift : 0) + warp_row;
-            counters = Dropout(p, task.index, task.head).own_row(q_row);
+        if constexpr (KEEPS_COUNTERS) {
+            counters = Dropout(p, task.index, task.head).own_row(task.row_in_sequence() + warp_row);
         }
     };
     const Turn turn{warpgroup};
@@ -684,7 +688,11 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
     };
     auto kv_first = [&] { return tile_of_turn(band, tiles, task.q_first, tile) * TILE.cols; };
     auto drop = [&](unsigned int (&P)[N / 2][4]) {
-        if constexpr (SPEC.dropout) Dropout(p, task.index, task.head).drop(P, counters, kv_first());
+        if constexpr (SPEC.dropout) {
+            const Dropout dropout(p, task.index, task.head);
+            if constexpr (!KEEPS_COUNTERS) counters = dropout.own_row(task.row_in_sequence() + warp_row);
+            dropout.drop(P, counters, kv_first());
+        }
     };
     auto is_cut = [&] { return band.cuts(task.q_first + warpgroup * 64, 64, kv_first(), TILE.cols); };
     auto finish = [&] {

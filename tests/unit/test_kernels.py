@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -134,7 +135,9 @@ def test_bias_and_mask_of_other_dims_and_alignments() -> None:
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("options", [{"bounded_right": True}, {**EVERYTHING}])
+@pytest.mark.parametrize(
+    "options", [{"bounded_right": True}, {"dropout": True}, {"bounded_right": True, "dropout": True}, {**EVERYTHING}]
+)
 def test_hopper_forward(options: dict[str, bool], packed: bool) -> None:
     target = Target.named("sm_90a")
     dims = [*product(HEAD_DIMS, repeat=2), (8, 40), (96, 136), (200, 72)]
@@ -321,15 +324,19 @@ def test_a_spec_is_reduced_to_what_a_kernel_depends_on() -> None:
     assert tuning.kernel_spec("forward_portable", everything).sinks
 
 
+@pytest.mark.parametrize("options", [{}, {"dropout": True}, {"bounded_right": True, "dropout": True}, EVERYTHING])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_tasks_are_listed_in_the_tiles_of_the_kernel_that_takes_them(head_dim: int) -> None:
-    spec = _spec("bfloat16", head_dim, packed=True)
-    for backward in (False, True):
+def test_tasks_are_listed_in_the_tiles_of_the_kernel_that_takes_them(head_dim: int, options: dict[str, bool]) -> None:
+    spec = _spec("bfloat16", head_dim, **options | {"packed": True})
+    for backward, side in ((False, "rows"), (True, "cols")):  # tiles of queries, of keys
+        if not tuning.has_hopper(spec, backward=backward):
+            continue
         names = tuning.kernels_of(spec, backward=backward, hopper=True)
         place = names.index("backward_list" if backward else "forward_list")
-        tiles = [tuning.tile_of(name, spec, 900, 16) for name in names[place : place + 2]]
-        assert (tiles[0].rows, tiles[0].cols) == (tiles[1].rows, tiles[1].cols)
-        dense = tuning.kernels_of(_spec("bfloat16", head_dim), backward=backward, hopper=True)
+        tiles = tuning.tiles_of(names, spec, 900, 16)
+        listed, taken = (tiles[name] for name in names[place : place + 2])
+        assert getattr(listed, side) == getattr(taken, side)
+        dense = tuning.kernels_of(replace(spec, packed=False), backward=backward, hopper=True)
         assert dense == tuple(name for name in names if not name.endswith("_list"))
 
 
