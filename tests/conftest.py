@@ -39,6 +39,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(gpu)]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--compile-for", metavar="ARCH", help="run nothing: compile what the GPU tests asked for need on such a GPU"
+    )
+
+
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """With `--compile-for` the kernels go into the user's cache, and no test runs."""
+    arch = session.config.getoption("--compile-for")
+    if arch is None:
+        return None
+    from cuflash.cuda import toolchain
+    from tests.contract.conftest import jobs_of_cases
+    from tests.gpu.compilation import compile_first
+    from tests.gpu.conftest import jobs_of_tests
+
+    path = toolchain.Target.named(arch).path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toolchain, "capability", lambda device: (path // 100, path // 10 % 10))
+        jobs = [*jobs_of_cases(session.items), *jobs_of_tests()]
+    compile_first(jobs)
+    return True
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """After the whole GPU suite, record it; after any other run, say when the record is out of date."""
     counts = {kind: len(terminalreporter.stats.get(kind, [])) for kind in ("passed", "failed", "error", "skipped")}

@@ -54,15 +54,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def compiled(request: pytest.FixtureRequest) -> None:
     """Compile what the collected GPU cases need, in parallel, before the first of them."""
-    from cuflash.cuda import toolchain
     from tests.gpu.compilation import compile_first
+
+    compile_first(jobs_of_cases(request.session.items))
+
+
+def jobs_of_cases(items: Iterable[Any]) -> list[Any]:
+    """The kernels of the collected GPU cases on the first device."""
+    from cuflash.cuda import toolchain
 
     jobs = []
     with pytest.MonkeyPatch.context() as patch:
-        for arch, case in cases_on_gpu(request.session.items):
+        for arch, case in cases_on_gpu(items):
             patch.setenv("CUFLASH_FORCE_ARCH", arch)
             jobs += needed_jobs(case, toolchain.device_target(0))
-    compile_first(jobs)
+    return jobs
 
 
 def cases_on_gpu(items: Iterable[Any]) -> list[tuple[str, Case]]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import TYPE_CHECKING
 
 import pytest
 
 from cuflash.spec import Spec
+
+if TYPE_CHECKING:
+    from cuflash.cuda.precompile import Job
 
 _MASKS = ({}, {"bounded_right": True}, {"bounded_left": True, "bounded_right": True})
 
@@ -28,8 +32,15 @@ def _specs() -> list[Spec]:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled() -> None:
+    from tests.gpu.compilation import compile_first
+
+    compile_first(jobs_of_tests())
+
+
+def jobs_of_tests() -> list[Job]:
+    """The kernels of most tests in this folder on the first device."""
     from cuflash.cuda import toolchain
-    from tests.gpu.compilation import compile_first, usual_jobs
+    from tests.gpu.compilation import usual_jobs
 
     target = toolchain.device_target(0)
-    compile_first(job for spec in _specs() for job in usual_jobs(spec, target))
+    return [job for spec in _specs() for job in usual_jobs(spec, target)]
