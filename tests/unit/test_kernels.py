@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cuflash import UnsupportedError, tuning
@@ -353,3 +355,19 @@ def test_tasks_are_listed_in_the_tiles_of_the_kernel_that_takes_them(head_dim: i
 def test_what_the_kernels_cannot_do_is_said(spec: Spec, path: int, named: str) -> None:
     with pytest.raises(UnsupportedError, match=named):
         tuning.check_supported(spec, path)
+
+
+def test_the_series_of_tanh_is_as_exact_as_its_comment_says() -> None:
+    """TanhSeries of cuda_src/forward_hopper.cu, in float32 and in the order of the kernel."""
+    text = Path(__file__).parents[2].joinpath("cuda_src", "forward_hopper.cu").read_text(encoding="utf-8")
+    found = re.search(r"LIMIT = (\S+)f, a = (\S+)f, b = (\S+)f, c = (\S+)f;", text)
+    assert found
+    limit, a, b, c = (np.float32(number) for number in found.groups())
+    for cap, scale in ((30.0, 0.125), (50.0, 0.088), (2.0, 1.0)):
+        factor = np.float32(scale / cap)
+        scores = np.linspace(-limit / factor, limit / factor, 100_001, dtype=np.float32)
+        square, unit = limit * limit, factor * factor
+        v = scores * scores - square / unit
+        c0, c1 = factor * (a + square * (b + square * c)), factor * unit * (b + 2 * square * c)
+        tanh = scores * (c0 + v * (c1 + v * (factor * unit * unit * c)))
+        assert np.abs(tanh - np.tanh(scores.astype(np.float64) * factor)).max() < 2.2e-7
