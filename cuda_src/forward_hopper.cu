@@ -513,15 +513,17 @@ __device__ __forceinline__ void finish_scores(float (&S)[N][4], const Scores& sc
 // S = Q K^T  [64, cols], asynchronous.
 __device__ __forceinline__ void issue_scores(float (&S)[N][4], unsigned int Q_smem, unsigned int K_smem) {
     // Q stays in place, so the compiler keeps the descriptors of all steps in uniform registers. Where these are too
-    // many beside the rest, an address that looks new has them computed here each time.
+    // many beside the rest, an address that looks new has them computed here each time, or those of the later panels.
     if constexpr (D > 128 || DV > 128 || SPEC.softcap || SPEC.alibi || (SPEC.dropout && SPEC.packed))
         asm volatile("" : "+r"(Q_smem));
     const unsigned long long Q = tile_descriptor(Q_smem, 16), K = tile_descriptor(K_smem, 16);
+    if constexpr (DROPS_AT_ONCE) asm volatile("" : "+r"(Q_smem));
+    const unsigned long long Q_later = tile_descriptor(Q_smem, 16);
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
         const int in_panel = step % 4 * 2;  // 32 bytes
-        wgmma_ss<K_MAJOR>(S, Q + step / 4 * (Q_PANEL / 16) + in_panel, K + step / 4 * (KV_PANEL / 16) + in_panel,
-                          step > 0);
+        wgmma_ss<K_MAJOR>(S, (step < 4 ? Q : Q_later) + step / 4 * (Q_PANEL / 16) + in_panel,
+                          K + step / 4 * (KV_PANEL / 16) + in_panel, step > 0);
     }
     wgmma_commit();
 }
