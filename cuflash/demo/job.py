@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -158,11 +157,9 @@ class _Job:
             return 130
         return 0 if all(self.checks.values()) else 1
 
-    @contextmanager
-    def spinner(self, label: str) -> Iterator[Status]:
+    def spinner(self, label: str) -> AbstractContextManager[Status]:
         """A spinner, which is taken away also where an interrupt comes."""
-        with shown(self.console.status(label)) as status:
-            yield status
+        return shown(self.console.status(label))
 
     def show_device(self) -> None:
         """Name what computes; also why it is not a GPU, where none was forbidden."""
