@@ -549,15 +549,14 @@ def test_ctrl_c_while_measuring_memory_shows_what_was_measured(
 def test_a_real_ctrl_c_leaves_a_clean_terminal(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cuflash.cli", "demo", "--quick", "--device", "cpu", "--output", str(tmp_path)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "FORCE_COLOR": "1", "TERM": "xterm-256color"}
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job of a shell ignores it
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    # A background job of a shell ignores the signal, and so would its child; a handler of ours leaves it the default.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        started = subprocess.Popen(command, env=environment, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, ours)
+    with started as process:
         assert process.stdout is not None
         before = list(itertools.takewhile(lambda line: "Memory" not in line, process.stdout))
         process.send_signal(signal.SIGINT)
