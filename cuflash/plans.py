@@ -141,7 +141,7 @@ def four_axes(array: Signature) -> Signature:
 # ---- validation --------------------------------------------------------------------------------------------------
 
 
-_CACHES: list[Any] = []
+_FORGETTING: list[Callable[[], None]] = []
 
 
 def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,14 +158,19 @@ def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             return make(*arguments)
 
-    _CACHES.append(cached)
+    forget_too(cached.cache_clear)
     return found
 
 
 def forget() -> None:
     """Make all plans afresh: for what they depend on but their arguments, which is `CUFLASH_FORCE_ARCH`."""
-    for cached in _CACHES:
-        cached.cache_clear()
+    for clear in _FORGETTING:
+        clear()
+
+
+def forget_too(clear: Callable[[], None]) -> None:
+    """Let `forget` call this, for plans that are kept elsewhere."""
+    _FORGETTING.append(clear)
 
 
 @remembered

@@ -21,7 +21,7 @@ from cuflash.plans import BackwardPlan, ForwardPlan
 def forward(operands: Given, options: Options, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, lse) of `cuflash.flash_attention`; the LSE only if it is wanted."""
     q, k, v, *extras = operands
-    plan = _forward_plan(_described(q), _described(k), _described(v), _all_described(extras), *_arguments(options))
+    plan = forward_plan(operands, options)
     seed = plans.checked_seed(options.seed)
     same_shape = plan.out.shape == q.shape
     out = _empty_like(q) if same_shape else q.new_empty(plan.out.shape)
@@ -53,15 +53,7 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of `cuflash.flash_attention_backward`; given dq, dk and dv come back as the same tensors."""
     given = (dq, dk, dv)
-    q, k, v, *extras = operands
-    plan = _backward_plan(
-        *(_described(dout), _described(out), _described(lse), _all_described((dlse, *given))),
-        *(_described(q), _described(k), _described(v), _all_described(extras)),
-        accumulate,
-        memory,
-        with_dbias,
-        *_arguments(options),
-    )
+    plan = backward_plan(dout, operands, out, lse, (dlse, *given), options, accumulate, memory, with_dbias)
     seed = plans.checked_seed(options.seed)
     if dq is not None or dk is not None or dv is not None:
         views = [
@@ -77,6 +69,7 @@ def backward(
     )
     found = dict(zip(plan.gradients, gradients, strict=True))
     more = (found.get("dsinks"), *Operands(*operands)[3:], found.get("dbias"))
+    q, k, v = operands[:3]
     _run(plan, q, _pointers((q, k, v, out, dout, *gradients[:3], lse, dlse, *more)), seed)
     return gradients
 
@@ -109,6 +102,36 @@ def _empty_like(x: torch.Tensor) -> torch.Tensor:
 
 
 # ---- plans of tensors ----------------------------------------------------------------------------------------------
+
+def forward_plan(operands: Given, options: Options) -> ForwardPlan:
+    """The plan of a forward. Raises as `cuflash.flash_attention`."""
+    q, k, v, *extras = operands
+    return _forward_plan(_described(q), _described(k), _described(v), _all_described(extras), *_arguments(options))
+
+
+def backward_plan(
+    dout: torch.Tensor,
+    operands: Given,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse_and_given: Sequence[torch.Tensor | None],
+    options: Options,
+    accumulate: bool = False,
+    memory: str = "fast",
+    with_dbias: bool = True,
+) -> BackwardPlan:
+    """The plan of a backward; `dlse_and_given` are dlse and the given dq, dk and dv. Raises as
+    `cuflash.flash_attention_backward`."""
+    q, k, v, *extras = operands
+    return _backward_plan(
+        *(_described(dout), _described(out), _described(lse), _all_described(dlse_and_given)),
+        *(_described(q), _described(k), _described(v), _all_described(extras)),
+        accumulate,
+        memory,
+        with_dbias,
+        *_arguments(options),
+    )
+
 
 # What can be said of a tensor without reading it, as torch says it: a plan is looked up by that.
 _Described = tuple[torch.Size, tuple[int, ...], torch.dtype, int, bool]

@@ -1,5 +1,6 @@
 """The two functions on torch tensors: check, cast for autocast, and choose how much of torch a call goes through.
 
+- Where the extension is built (`build_extension`), usual calls on a GPU: through that.
 - Nobody differentiates: straight to the backend.
 - Eager, with gradients: one plain autograd.Function around the backend, the least that the autograd engine takes.
 - torch.compile, export, functorch's transforms, modes and tensor subclasses: the operators of `_operators`.
@@ -15,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cuflash import UnsupportedError
-from cuflash.adapters.torch import _call, _operators
+from cuflash.adapters.torch import _call, _extension, _operators
 from cuflash.adapters.torch._values import Given, Operands, Options
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -83,6 +84,10 @@ def flash_attention(
 def attend(tensors: tuple[Any, ...], settings: tuple[Any, ...], return_lse: bool) -> Any:
     """`flash_attention` with its arguments in the order of Operands and of Options, as `cuflash.flash_attention` passes
     them: so many names in a call cost a large part of a microsecond."""
+    if _extension.attend is not None and not torch.compiler.is_compiling():
+        results = _extension.attend(tensors, settings, return_lse)
+        if results is not NotImplemented:
+            return results
     options = Options._make(settings)
     q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, bias, mask = tensors
     if torch.overrides.has_torch_function_variadic(*tensors):

@@ -143,6 +143,26 @@ class _Arguments:
         self.filled: Any = None  # what the pointers in it are
 
 
+class RecipeLaunch(NamedTuple):
+    """One launch of a Recipe."""
+
+    kernel: Any  # CuPy's function, which keeps its module loaded; `ptr` is the CUfunction
+    geometry: tuple[int, int, int]  # thread blocks, threads of each, bytes of shared memory
+    params: bytes  # struct Params, the pointers 0
+    operands: tuple[tuple[int, int], ...]  # a word of it, and the place in OPERANDS of the pointer that belongs there
+    parts: tuple[tuple[int, int], ...]  # a word of it, and the offset in the workspace of what belongs there
+    tensor_maps: tuple[tuple[bytes, int], ...]  # the further arguments, and the place in OPERANDS of each one's array
+
+
+class Recipe(NamedTuple):
+    """A Plan as values, for a runner that is not of Python."""
+
+    device: int
+    workspace: int
+    zeroed: tuple[int, int]
+    launches: tuple[RecipeLaunch, ...]
+
+
 class _Launch:
     """One launch of a Plan."""
 
@@ -154,16 +174,26 @@ class _Launch:
         self.parts = [(_WORDS[name], offset) for name, offset in parts.items()]
         self.drops = step.spec.dropout
         self.mapped = [OPERANDS.index(name) for name, _ in step.maps]
-        params = PARAMS_STRUCT.pack(*step.values.values())
-        maps = [tensor_map.encode(operands[name], rows) for name, rows in step.maps]
-        self._new = lambda: _Arguments(params, maps)
+        self.params = PARAMS_STRUCT.pack(*step.values.values())
+        self.maps = [tensor_map.encode(operands[name], rows) for name, rows in step.maps]
         self._free: list[_Arguments] = []  # several threads may run a Plan at a time
+
+    def recipe(self) -> RecipeLaunch:
+        _, blocks, _, _, threads, _, _, shared_bytes = self.geometry
+        return RecipeLaunch(
+            kernel=self.function,
+            geometry=(blocks, threads, shared_bytes),
+            params=self.params,
+            operands=tuple(self.places),
+            parts=tuple(self.parts),
+            tensor_maps=tuple(zip(self.maps, self.mapped, strict=True)),
+        )
 
     def run(self, gpu: _Gpu, stream: int, pointers: Sequence[int], workspace: int, seed: int) -> None:
         try:
             arguments = self._free.pop()
         except IndexError:
-            arguments = self._new()
+            arguments = _Arguments(self.params, self.maps)
         wanted = (pointers, workspace, seed)
         if arguments.filled != wanted:
             words = arguments.words
@@ -188,6 +218,12 @@ class Plan:
         self.workspace = workspace
         self._launches = launches
         self._zeroed = zeroed  # the part of the workspace [from, to) that must be zeros
+
+    def recipe(self) -> Recipe | None:
+        """The launches as values; None where they depend on the seed."""
+        if any(launch.drops for launch in self._launches):
+            return None
+        return Recipe(self.device, self.workspace, self._zeroed, tuple(launch.recipe() for launch in self._launches))
 
     def run(self, stream: int, pointers: Sequence[int], workspace: int = 0, seed: int = 0) -> None:
         """Launch the call on a stream (its handle): `pointers` to OPERANDS, 0 for what the call does not have. The LSE
@@ -228,6 +264,11 @@ class _Gpu(threading.local):
 @lru_cache(maxsize=1)
 def _gpu() -> _Gpu:
     return _Gpu()
+
+
+def enter_thread() -> None:
+    """Let the driver know the current device of a thread in which no Plan has run."""
+    _ = _gpu().cuda
 
 
 def plan(
