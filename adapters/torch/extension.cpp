@@ -204,8 +204,7 @@ struct Call {
 
 constexpr std::size_t MOST_CALLS = 1024, MOST_BACKWARDS = 16;
 
-// All calls known, by a number that autograd's nodes keep. Two locks in a row are those of this and of a Call; Python is
-// called without either.
+// All calls known, by a number that autograd's nodes keep. No code of Python's runs under a lock, here or in a Call.
 struct Calls {
     std::mutex guard;
     std::unordered_multimap<std::size_t, std::int64_t> numbers;  // by the hash
@@ -356,8 +355,8 @@ py::object attend(const py::tuple& tensors, const py::tuple& settings, py::handl
     }
     const auto& [q, k, v] = x;
     if (!PyBool_Check(return_lse.ptr()) || !is_simple(settings.ptr()) ||
-        PyTuple_GET_ITEM(settings.ptr(), seed_place) != Py_None || is_seen() || at::globalContext().deterministicAlgorithms() ||
-        at::autocast::is_autocast_enabled(device_type)) {
+        PyTuple_GET_ITEM(settings.ptr(), seed_place) != Py_None || is_seen() ||
+        at::globalContext().deterministicAlgorithms() || at::autocast::is_autocast_enabled(device_type)) {
         return not_implemented();
     }
     bool with_gradients = false;
@@ -389,7 +388,8 @@ py::object attend(const py::tuple& tensors, const py::tuple& settings, py::handl
     if (!call) {
         call = std::make_shared<Call>();
         call->description = std::move(description);
-        const py::object given = py::reinterpret_borrow<py::object>(callables.prepare_forward)(q, k, v, settings, with_lse);
+        const py::object given =
+            py::reinterpret_borrow<py::object>(callables.prepare_forward)(q, k, v, settings, with_lse);
         if (!given.is_none()) {
             const py::tuple parts = given.cast<py::tuple>();
             call->out_shape = parts[0].cast<std::vector<std::int64_t>>();
@@ -409,7 +409,8 @@ py::object attend(const py::tuple& tensors, const py::tuple& settings, py::handl
     if (!call->forward) return not_implemented();
     c10::OptionalDeviceGuard device(q.device());
     if (with_gradients) {
-        const variable_list results = Attention::apply(q, k, v, number, static_cast<const Call*>(call.get()), wants_lse);
+        const variable_list results =
+            Attention::apply(q, k, v, number, static_cast<const Call*>(call.get()), wants_lse);
         return wants_lse ? py::object(py::make_tuple(results[0], results[1])) : py::cast(results[0]);
     }
     auto [out, lse] = run_forward(*call, q, k, v, with_lse);

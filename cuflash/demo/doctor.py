@@ -49,7 +49,14 @@ def cupy_arrays() -> Finding:
 
 
 def torch_tensors() -> Finding:
-    return _framework("torch", "cuflash.adapters.torch")
+    found = _framework("torch", "cuflash.adapters.torch")
+    if importlib.util.find_spec("torch") is None or machine.gpu_obstacle():
+        return found
+    # Whether the extension is there depends on the installed torch: only the adapter can tell.
+    loaded = importlib.import_module("cuflash.adapters.torch._extension").attend is not None
+    more = "" if loaded else ", which cuflash.adapters.torch.build_extension() makes"
+    how = "with" if loaded else "without"
+    return Finding(f"{found.text}; eager calls on a GPU go {how} the C++ extension{more}")
 
 
 def jax_arrays() -> Finding:
