@@ -53,6 +53,16 @@ c10::DeviceType device_type = c10::DeviceType::CUDA;
 int operand_count = 0;  // of cuflash.cuda.launch.OPERANDS
 int seed_place = 0;     // among the options
 
+// Once in each thread, before the driver is asked for anything.
+void enter_thread() {
+    thread_local bool entered = false;
+    if (!entered) {
+        py::gil_scoped_acquire gil;
+        py::reinterpret_borrow<py::object>(callables.enter_thread)();
+        entered = true;
+    }
+}
+
 void check(int status, const char* function) { TORCH_CHECK(status == 0, function, " failed with CUresult ", status); }
 
 // ---- recipes: cuflash.cuda.launch.Plan without Python --------------------------------------------------------------
@@ -80,12 +90,6 @@ struct Recipe {
 
     // `pointers` to the operands in the order of cuflash.cuda.launch.OPERANDS, null for those that the call lacks.
     void run(const std::vector<void*>& pointers) const {
-        thread_local bool entered = false;
-        if (!entered) {
-            py::gil_scoped_acquire gil;
-            py::reinterpret_borrow<py::object>(callables.enter_thread)();
-            entered = true;
-        }
         void* stream = nullptr;
         check(functions.current_stream(device, &stream), "the query for the current stream");
         Tensor memory;
@@ -315,10 +319,11 @@ struct Attention : torch::autograd::Function<Attention> {
         // With create_graph=True the gradients carry a derivative, which raises.
         if (dout.defined() && !dlse.defined() && !at::GradMode::is_enabled() && is_plain(dout, q) &&
             dout.stride(-1) == 1 && is_plain(q, q) && is_plain(saved[3], q) && is_plain(saved[4], q)) {
+            c10::OptionalDeviceGuard device(q.device());
+            enter_thread();
             if (const auto call = call_of(context->saved_data["call"].toInt())) {
                 if (const auto recipe = backward_recipe(*call, dout, saved)) {
                     at::AutoDispatchBelowADInplaceOrView below;
-                    c10::OptionalDeviceGuard device(q.device());
                     std::vector<void*> pointers(operand_count);
                     constexpr Operand OF_SAVED[] = {Q, K, V, OUT, LSE};
                     for (int i = 0; i < 5; ++i) pointers[OF_SAVED[i]] = saved[i].data_ptr();
@@ -367,6 +372,8 @@ py::object attend(const py::tuple& tensors, const py::tuple& settings, py::handl
     with_gradients &= at::GradMode::is_enabled();
     const bool wants_lse = return_lse.ptr() == Py_True, with_lse = with_gradients || wants_lse;
 
+    c10::OptionalDeviceGuard device(q.device());
+    enter_thread();
     Description description{q.get_device()};
     for (const Tensor& y : x) describe(description, y);
     const Py_hash_t settings_hash = PyObject_Hash(settings.ptr());
@@ -407,7 +414,6 @@ py::object attend(const py::tuple& tensors, const py::tuple& settings, py::handl
         calls.calls.emplace(number, call);
     }
     if (!call->forward) return not_implemented();
-    c10::OptionalDeviceGuard device(q.device());
     if (with_gradients) {
         const variable_list results =
             Attention::apply(q, k, v, number, static_cast<const Call*>(call.get()), wants_lse);

@@ -283,6 +283,7 @@ def plan(
 ) -> Plan:
     """The launches of a call, their kernels compiled (several at the same time) and loaded; `aligned` where the
     pointers of all tensors are multiples of 16."""
+    enter_thread()  # tensor maps ask the driver
     found = machine(device)
     launches, workspace = steps(
         problem, layouts, found, aligned=aligned, backward=backward, accumulate=accumulate, lean=lean
