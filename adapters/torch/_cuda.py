@@ -103,6 +103,7 @@ def _empty_like(x: torch.Tensor) -> torch.Tensor:
 
 # ---- plans of tensors ----------------------------------------------------------------------------------------------
 
+
 def forward_plan(operands: Given, options: Options) -> ForwardPlan:
     """The plan of a forward. Raises as `cuflash.flash_attention`."""
     q, k, v, *extras = operands

@@ -113,7 +113,8 @@ def load() -> None:
 def module(path: Path) -> ModuleType:
     """The library as a module."""
     spec = importlib.util.spec_from_file_location(NAME, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     return found
@@ -180,4 +181,4 @@ def _recipe(plan: plans.ForwardPlan | plans.BackwardPlan, backward_too: bool = F
 
 
 def _source() -> str:
-    return resources.files(__package__).joinpath("extension.cpp").read_text(encoding="utf-8")
+    return resources.files("cuflash.adapters.torch").joinpath("extension.cpp").read_text(encoding="utf-8")

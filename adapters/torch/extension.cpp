@@ -196,7 +196,7 @@ bool same_settings(PyObject* a, PyObject* b) {
     return true;
 }
 
-// A forward, and its backward for each layout of dout that came.
+// A forward, and its backward for each layout of dout and of what was saved that came.
 struct Call {
     Description description;
     PyObject* settings;  // one of `Calls::kept`
@@ -276,10 +276,12 @@ std::pair<Tensor, Tensor> run_forward(const Call& call, const Tensor& q, const T
     return {out, lse};
 }
 
-// The recipe of a call's backward for this dout; null where Python serves it.
+// The recipe of a call's backward for this dout and what was saved, which hooks may have given another layout; null
+// where Python serves it.
 std::shared_ptr<const Recipe> backward_recipe(Call& call, const Tensor& dout, const variable_list& saved) {
-    Description description;
+    Description description{dout.get_device()};
     describe(description, dout);
+    for (const Tensor& x : saved) describe(description, x);
     {
         std::lock_guard lock(call.guard);
         for (const auto& [known_description, recipe] : call.backwards) {
@@ -317,8 +319,10 @@ struct Attention : torch::autograd::Function<Attention> {
         const Tensor dlse = gradients.size() > 1 ? gradients[1] : Tensor();
         variable_list results;
         // With create_graph=True the gradients carry a derivative, which raises.
-        if (dout.defined() && !dlse.defined() && !at::GradMode::is_enabled() && is_plain(dout, q) &&
-            dout.stride(-1) == 1 && is_plain(q, q) && is_plain(saved[3], q) && is_plain(saved[4], q)) {
+        bool plain = dout.defined() && !dlse.defined() && !at::GradMode::is_enabled() && is_plain(dout, q) &&
+                     dout.stride(-1) == 1;
+        for (const Tensor& x : saved) plain = plain && is_plain(x, q);
+        if (plain) {
             c10::OptionalDeviceGuard device(q.device());
             enter_thread();
             if (const auto call = call_of(context->saved_data["call"].toInt())) {

@@ -31,7 +31,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 _launch_type = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
+    ctypes.c_int,
+    ctypes.c_void_p,
+    *[ctypes.c_uint] * 7,
+    ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_void_p,
 )
 _point_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 _zero_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_void_p)
@@ -49,6 +54,7 @@ class Driver:
         self.launches: list[int] = []
         self.last = threading.local()  # `pointed` and `zeroed`, addresses
         self.problems: list[tuple[list[tuple[int, ...]], dict[str, Any]]] = []  # by the number in word 0
+        self.strides: list[list[tuple[int, ...]]] = []  # of q, k and v, in elements, by the same
         self.functions = (
             *(_launch_type(self._launch), _point_type(self._point), _zero_type(self._zero), _stream_type(self._stream)),
         )
@@ -68,11 +74,14 @@ class Driver:
         assert ctypes.string_at(addresses[1], 128) == bytes(range(128))
         assert self.last.pointed == pointers[0]
 
-        def array(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        def array(name: str, shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> np.ndarray:
             address = pointers[launch.OPERANDS.index(name)]
-            return np.ctypeslib.as_array((ctypes.c_float * int(np.prod(shape))).from_address(address)).reshape(shape)
+            memory = np.ctypeslib.as_array((ctypes.c_float * int(np.prod(shape))).from_address(address))
+            if strides is None:
+                return memory.reshape(shape)
+            return np.lib.stride_tricks.as_strided(memory, shape, [4 * stride for stride in strides])
 
-        q, k, v = (array(name, shape) for name, shape in zip("qkv", shapes, strict=True))
+        q, k, v = map(array, "qkv", shapes, self.strides[words[0]])
         out_shape, lse_shape = (*q.shape[:-1], v.shape[-1]), (q.shape[0], q.shape[2], q.shape[1])
         if kernel == FORWARD:
             out, lse = cuflash.flash_attention(q, k, v, return_lse=True, backend="numpy", **options)
@@ -111,6 +120,7 @@ class Driver:
         if options.softcap is not None:  # stands for what the library cannot serve
             return None
         number = len(self.problems)
+        self.strides.append([x.stride() for x in tensors])
         self.problems.append(([tuple(x.shape) for x in tensors], {"causal": options.causal, "scale": options.scale}))
         params = np.zeros(FIRST_WORD + len(launch.OPERANDS), np.uint64)
         params[:2] = number, 0xABCD
@@ -236,6 +246,19 @@ def test_gradients_however_they_come(driver: Driver, used: str) -> None:
     dlse = {"both": torch.ones(lse.shape), "lse": 2 * lse.detach(), "sum": None}[used]
     assert_close(gradients, expected(tensors, dout, dlse)[2:])
     assert driver.launches == [FORWARD], "by Python"
+
+
+def test_hooks_that_give_what_was_saved_another_layout(driver: Driver) -> None:
+    tensors = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs()]
+    dout = torch.randn(2, 24, 4, 8)
+    cuflash.flash_attention(*tensors).backward(dout)  # a backward of this call with other strides
+    of_hooks = [x.detach().clone().requires_grad_() for x in tensors]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.contiguous()):
+        out = cuflash.flash_attention(*of_hooks)
+    out.backward(dout)
+    assert driver.launches == [FORWARD, BACKWARD] * 2
+    assert driver.strides[-1] != driver.strides[1]
+    assert_close([x.grad for x in of_hooks], expected(tensors, dout)[2:])
 
 
 def test_only_some_gradients(driver: Driver) -> None:
