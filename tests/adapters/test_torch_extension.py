@@ -133,14 +133,15 @@ class Driver:
 
 @pytest.fixture(scope="module")
 def extension(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The library, built."""
+    """The library, built in a folder of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUFLASH_CACHE_DIR", str(tmp_path_factory.mktemp("extension")))
         patch.setattr(_extension, "load_if_built", lambda: None)  # there may be no driver
-        path = _extension.build_extension()
-        assert path == _extension.library()
-        assert path.parent.parent.joinpath(path.parent.name) == path.parent
+        with pytest.MonkeyPatch.context() as while_building:
+            while_building.setenv("CUFLASH_CACHE_DIR", str(tmp_path_factory.mktemp("extension")))
+            path = _extension.build_extension()
+            assert path == _extension.library()
         assert [file.name for file in path.parent.iterdir()] == [path.name], "nothing else is left"
+        patch.setattr(_extension, "library", lambda: path)
         yield _extension.module(path)
 
 
@@ -386,3 +387,34 @@ def test_many_layouts_do_not_accumulate(driver: Driver) -> None:
     launched = len(driver.launches)
     assert_close(torch.autograd.grad(out, tensors, dout), expected(tensors, dout)[2:])
     assert len(driver.launches) == launched
+
+
+@pytest.mark.gpu_adapter
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"window_size": (50, 10)}, {"softcap": 20.0, "causal": True}, {"scale": -0.1}],
+    ids=lambda options: " ".join(options) or "plain",
+)
+@pytest.mark.parametrize("shape", [(2, 256, 8, 64, 8), (2, 512, 8, 128, 2), (3, 77, 4, 40, 4)], ids=str)
+def test_on_a_gpu_its_results_are_those_without_it(
+    extension: Any, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], options: dict[str, Any], dtype: str
+) -> None:
+    """To the bit, as the kernels are the same."""
+    batch, length, heads, head_dim, kv_heads = shape
+    generator = torch.Generator("cuda").manual_seed(0)
+    of_tensors = {"generator": generator, "device": "cuda", "dtype": getattr(torch, dtype)}
+    q, dout = (torch.randn(batch, length, heads, head_dim, **of_tensors) for _ in range(2))
+    k, v = (torch.randn(batch, length, kv_heads, head_dim, **of_tensors) for _ in range(2))
+    tensors = [x.requires_grad_() for x in (q, k, v)]
+
+    def results() -> list[Any]:
+        out, lse = cuflash.flash_attention(*tensors, deterministic=True, return_lse=True, **options)
+        return [out, lse, *torch.autograd.grad(out, tensors, dout)]
+
+    monkeypatch.setattr(_extension, "attend", None)
+    expected_results = results()
+    _extension.load()
+    assert _extension.attend is not None
+    for found, wanted in zip(results(), expected_results, strict=True):
+        assert torch.equal(found, wanted)
