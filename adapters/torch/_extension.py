@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from cuflash import plans
-from cuflash.adapters.torch import _call, _cuda, _operators
+from cuflash.adapters.torch import _cuda, _operators
 from cuflash.adapters.torch._values import Options
 from cuflash.cuda import cache, launch
 from cuflash.errors import UnsupportedError
@@ -87,14 +87,14 @@ def load_if_built() -> None:
     if torch.version.cuda is None or sys.platform != "linux":
         return
     try:
-        if not library().exists():
-            return
-        load()
+        path = library()
+        if path.exists():
+            load(path)
     except (ImportError, OSError) as error:  # a library that is damaged, or no driver or home folder
         logger.warning("eager calls on a GPU go without the C++ extension: %s", error)
 
 
-def load() -> None:
+def load(path: Path) -> None:
     """Load the library, and give it the functions of the driver."""
     global attend
     driver = ctypes.CDLL("libcuda.so.1")
@@ -103,7 +103,7 @@ def load() -> None:
         *(driver.cuLaunchKernel, driver.cuTensorMapReplaceAddress, driver.cuMemsetD8Async),
         of_torch.aoti_torch_get_current_cuda_stream,
     )
-    extension = module(library())
+    extension = module(path)
     configure(extension, functions, "cuda", enter_thread=launch.enter_thread)
     plans.forget_too(extension.forget)
     attend = extension.attend
@@ -152,7 +152,8 @@ def prepare_backward(
     settings: tuple[Any, ...],
 ) -> tuple[Any, ...] | None:
     """The launches of a backward without dlse."""
-    return _recipe(_cuda.backward_plan(dout, (q, k, v), out, lse, (None,) * 4, Options._make(settings)))
+    options = Options._make(settings)
+    return _recipe(_cuda.backward_plan(dout, (q, k, v), out, lse, (None,) * 4, options, with_dbias=False))
 
 
 def backward(
@@ -166,9 +167,7 @@ def backward(
     settings: tuple[Any, ...],
 ) -> list[torch.Tensor]:
     """The gradients of q, k and v for a node of the library, however the gradients of out and LSE came."""
-    given, of_lse = _operators.arrived((dout, dlse), out)
-    compute = _operators.backward if torch.is_grad_enabled() else _call.backward
-    return list(compute(given, (q, k, v), out, lse, of_lse, Options._make(settings)))
+    return list(_operators.of_node((dout, dlse), (q, k, v), out, lse, Options._make(settings), with_dbias=False))
 
 
 def _recipe(plan: plans.ForwardPlan | plans.BackwardPlan, backward_too: bool = False) -> tuple[Any, ...] | None:

@@ -264,6 +264,21 @@ def of_operands(operands: Operands, gradients: Sequence[torch.Tensor]) -> list[t
     return [next(found, None) if name in with_gradients and x is not None else None for name, x in pairs]
 
 
+def of_node(
+    gradients: tuple[Any, ...],
+    operands: Given,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    options: Options,
+    with_dbias: bool,
+) -> tuple[torch.Tensor, ...]:
+    """What an eager call's node of the autograd graph computes from the gradients of its results. With
+    create_graph=True it carries a derivative, which raises."""
+    dout, dlse = arrived(gradients, out)
+    compute = backward if torch.is_grad_enabled() else _call.backward
+    return compute(dout, operands, out, lse, dlse, options, with_dbias=with_dbias)
+
+
 def arrived(gradients: tuple[Any, ...], out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dout and dlse from what autograd gives: None for a result that was not used, any strides, dlse with the LSE."""
     dout, dlse = (*gradients, None)[:2]

@@ -199,11 +199,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         *operands, out, lse = ctx.saved_tensors
-        dout, dlse = _operators.arrived(gradients, out)
-        # With create_graph=True the gradients carry a derivative, which raises.
-        compute = _operators.backward if torch.is_grad_enabled() else _call.backward
         with_dbias = ctx.needs_input_grad[-2] if len(operands) > 3 else False
-        results = compute(dout, operands, out, lse, dlse, ctx.options, with_dbias=with_dbias)
+        results = _operators.of_node(gradients, operands, out, lse, ctx.options, with_dbias)
         if len(operands) == 3:
             return None, None, *results
         return None, None, *_operators.of_operands(Operands(*operands), results)

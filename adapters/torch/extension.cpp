@@ -41,10 +41,10 @@ struct Functions {
 
 // The callables of Python. They are never released: the interpreter may be gone before this is.
 struct Callables {
-    PyObject* prepare_forward;   // (q, k, v, settings, with_lse): the shapes of out and LSE, and a recipe; or None
-    PyObject* prepare_backward;  // (dout, q, k, v, out, lse, settings): a recipe, or None
-    PyObject* backward;          // (dout, dlse, q, k, v, out, lse, settings): the gradients of any call
-    PyObject* enter_thread;      // (): the driver knows no device in a new thread
+    py::handle prepare_forward;   // (q, k, v, settings, with_lse): the shapes of out and LSE, and a recipe; or None
+    py::handle prepare_backward;  // (dout, q, k, v, out, lse, settings): a recipe, or None
+    py::handle backward;          // (dout, dlse, q, k, v, out, lse, settings): the gradients of any call
+    py::handle enter_thread;      // (): the driver knows no device in a new thread
 };
 
 Functions functions;
@@ -58,7 +58,7 @@ void enter_thread() {
     thread_local bool entered = false;
     if (!entered) {
         py::gil_scoped_acquire gil;
-        py::reinterpret_borrow<py::object>(callables.enter_thread)();
+        callables.enter_thread();
         entered = true;
     }
 }
@@ -291,8 +291,8 @@ std::shared_ptr<const Recipe> backward_recipe(Call& call, const Tensor& dout, co
     std::shared_ptr<const Recipe> recipe;
     {
         py::gil_scoped_acquire gil;
-        const py::object given = py::reinterpret_borrow<py::object>(callables.prepare_backward)(
-            dout, saved[0], saved[1], saved[2], saved[3], saved[4], py::handle(call.settings));
+        const py::object given = callables.prepare_backward(dout, saved[0], saved[1], saved[2], saved[3], saved[4],
+                                                            py::handle(call.settings));
         if (!given.is_none()) recipe = std::make_shared<Recipe>(recipe_of(given));
     }
     std::lock_guard lock(call.guard);
@@ -344,8 +344,8 @@ struct Attention : torch::autograd::Function<Attention> {
             py::gil_scoped_acquire gil;
             const py::handle settings(reinterpret_cast<PyObject*>(context->saved_data["settings"].toInt()));
             auto object = [](const Tensor& x) { return x.defined() ? py::cast(x) : py::none(); };
-            const py::object found = py::reinterpret_borrow<py::object>(callables.backward)(
-                object(dout), object(dlse), q, saved[1], saved[2], saved[3], saved[4], settings);
+            const py::object found =
+                callables.backward(object(dout), object(dlse), q, saved[1], saved[2], saved[3], saved[4], settings);
             results = found.cast<variable_list>();
         }
         results.resize(6);  // nothing for what is no tensor
@@ -399,8 +399,7 @@ py::object attend(const py::tuple& tensors, const py::tuple& settings, py::handl
     if (!call) {
         call = std::make_shared<Call>();
         call->description = std::move(description);
-        const py::object given =
-            py::reinterpret_borrow<py::object>(callables.prepare_forward)(q, k, v, settings, with_lse);
+        const py::object given = callables.prepare_forward(q, k, v, settings, with_lse);
         if (!given.is_none()) {
             const py::tuple parts = given.cast<py::tuple>();
             call->out_shape = parts[0].cast<std::vector<std::int64_t>>();
@@ -433,9 +432,9 @@ void configure(const std::vector<std::uint64_t>& addresses, const py::tuple& giv
     functions.point = reinterpret_cast<decltype(functions.point)>(addresses.at(1));
     functions.zero = reinterpret_cast<decltype(functions.zero)>(addresses.at(2));
     functions.current_stream = reinterpret_cast<decltype(functions.current_stream)>(addresses.at(3));
-    PyObject** targets[] = {&callables.prepare_forward, &callables.prepare_backward, &callables.backward,
-                            &callables.enter_thread};
-    for (std::size_t i = 0; i < 4; ++i) *targets[i] = py::object(given[i]).release().ptr();
+    py::handle* targets[] = {&callables.prepare_forward, &callables.prepare_backward, &callables.backward,
+                             &callables.enter_thread};
+    for (std::size_t i = 0; i < 4; ++i) *targets[i] = py::object(given[i]).release();
     device_type = c10::Device(type).type();
     operand_count = operands;
     seed_place = seed;
