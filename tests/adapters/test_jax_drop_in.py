@@ -304,9 +304,10 @@ def test_attention_fn_takes_flax_masks_and_biases():
         *(pytest.param("cuda", "bfloat16", 0.05, id=f"cuda-{name}", marks=marks) for name, marks in ON_GPU.items()),
     ],
 )
-def test_fifty_steps_of_a_gpt_like_with_jax_nn(platform: str, dtype: str, allowed: float):
+def test_fifty_steps_of_a_flax_gpt_like_with_jax_nn(platform: str, dtype: str, allowed: float):
     """The losses differ by the rounding of attention alone; the model learns."""
-    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "gpt_jax.py"))
+    pytest.importorskip("flax")
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "gpt_flax.py"))
     with jax.enable_x64(False), jax.default_device(jax.devices(platform)[0]):
         ours, theirs = (np.array(example["train"](function, dtype)) for function in example["ATTENTIONS"].values())
     assert len(ours) == 50
