@@ -52,6 +52,7 @@ struct Kept {
 
 struct Dropout {
     static constexpr unsigned int FACTOR_0 = 0xD2511F53, FACTOR_1 = 0xCD9E8D57;
+    static constexpr int MIX = 4;
     const RoundKeys& keys;
     unsigned int head, batch;
     unsigned int limit, flip;  // of two elements: p.dropout_limit and p.dropout_flip
@@ -86,7 +87,7 @@ struct Dropout {
         return row;
     }
 
-    // The four words of a counter, for sixteen elements.
+    // The four words of a counter: those of sixteen elements, of the first 32 keys of 64.
     __device__ __forceinline__ uint4 words(const Row& row, unsigned int keys_counter) const {
         unsigned int low0, high0, low1, high1;
         multiply_wide(low0, high0, row.x0_first ^ keys_counter, FACTOR_0);
@@ -114,51 +115,81 @@ struct Dropout {
         return own;
     }
 
-    // The two of them whose elements have the 16 keys from kv_first on.
+    __device__ __forceinline__ static unsigned int rotate(unsigned int word, int bits) {
+        return __funnelshift_l(word, word, bits);
+    }
+
+    // The words of a counter, or, where all bits of `mixes` are ones and not zeros, those of its other sixteen
+    // elements, of the last 32 keys.
+    __device__ __forceinline__ static uint4 mixed(const uint4& words, unsigned int mixes) {
+        const auto [x, y, z, w] = words;
+        return make_uint4(x ^ rotate(z, MIX) & mixes, y ^ rotate(w, MIX) & mixes, z ^ rotate(y, MIX) & mixes,
+                          w ^ rotate(x, MIX) & mixes);
+    }
+    __device__ __forceinline__ static unsigned int mixes(int kv_first) { return kv_first / 32 % 2 ? 0xFFFFFFFF : 0; }
+
+    // The words for blocks `block` and `block` + 1 of BLOCKS, each of 16 keys from kv_first on. Where tiles begin with
+    // a counter, that of the first two, `counter`, serves the next two as well.
+    template <int BLOCKS>
+    __device__ __forceinline__ uint4 words_of_blocks(uint4& counter, int block, const Row& row, int kv_first) const {
+        constexpr bool WHOLE = BLOCKS % 4 == 0;
+        const int kv = kv_first + 16 * block;
+        if (!WHOLE || block % 4 == 0) counter = words(row, kv / 64 * 4);
+        return mixed(counter, mixes(WHOLE ? 16 * block : kv));
+    }
+
+    // The two words of a counter whose elements have the 16 keys from kv_first on.
     __device__ __forceinline__ static uint2 words_of_keys(const uint4& words, int kv_first) {
-        return kv_first / 16 % 2 ? make_uint2(words.z, words.w) : make_uint2(words.x, words.y);
+        const auto [x, y, z, w] = words;
+        uint2 own = make_uint2(x, y), other = make_uint2(z, w);
+        if (kv_first / 16 % 2) own = make_uint2(z, w), other = make_uint2(y, x);
+        return make_uint2(own.x ^ rotate(other.x, MIX) & mixes(kv_first),
+                          own.y ^ rotate(other.y, MIX) & mixes(kv_first));
     }
 
     // Which two elements of a word are drawn, those of one t: ones in their halves.
     __device__ __forceinline__ unsigned int drawn(unsigned int word, int t) const {
-        return halves_below(t % 2 ? __funnelshift_l(word, word, 8) : word, limit);
+        return halves_below(t % 2 ? rotate(word, 8) : word, limit);
     }
 
     // Zeros in the place of dropped elements of P, packed as an operand: rows those of own_row, columns keys from
-    // kv_first on, a multiple of 32.
+    // kv_first on, a multiple of 32, and of 64 if BLOCKS is one of 4.
     template <int BLOCKS>
     __device__ __forceinline__ void drop(unsigned int (&P)[BLOCKS][4], const Row& row, int kv_first) const {
+        uint4 counter;
 #pragma unroll
-        for (int i = 0; i < BLOCKS / 2; ++i) drop_part(P, i, row, kv_first);
+        for (int block = 0; block < BLOCKS; block += 2) drop_blocks(P, block, counter, row, kv_first);
     }
 
-    // The same of counter number `i` alone, so of blocks 2 i and 2 i + 1.
+    // The same of blocks `block` and `block` + 1 alone; `counter` goes from one such part to the next.
     template <int BLOCKS>
-    __device__ __forceinline__ void drop_part(unsigned int (&P)[BLOCKS][4], int i, const Row& row, int kv_first) const {
+    __device__ __forceinline__ void drop_blocks(unsigned int (&P)[BLOCKS][4], int block, uint4& counter, const Row& row,
+                                                int kv_first) const {
         static_assert(BLOCKS % 2 == 0 || !SPEC.dropout);
-        const uint4 words = this->words(row, kv_first / 8 + 4 * i);
-        const unsigned int word[2][2] = {{words.x, words.y}, {words.z, words.w}};
+        const auto [x, y, z, w] = words_of_blocks<BLOCKS>(counter, block, row, kv_first);
+        const unsigned int word[2][2] = {{x, y}, {z, w}};
 #pragma unroll
-        for (int block = 0; block < 2; ++block) {
+        for (int next = 0; next < 2; ++next) {
 #pragma unroll
             for (int s = 0; s < 2; ++s) {
 #pragma unroll
-                for (int t = 0; t < 2; ++t) P[2 * i + block][2 * t + s] &= drawn(word[block][s], t) ^ flip;
+                for (int t = 0; t < 2; ++t) P[block + next][2 * t + s] &= drawn(word[next][s], t) ^ flip;
             }
         }
     }
 
-    // Rows queries from q_first on, columns keys from kv_first on, a multiple of 16 for one block, else of 32.
+    // Rows queries from q_first on, columns keys from kv_first on, a multiple of 16 for one block, else as for `drop`.
     template <int BLOCKS>
     __device__ __forceinline__ void draw(Kept<BLOCKS>& kept, int q_first, int kv_first) const {
         static_assert(BLOCKS % 2 == 0 || BLOCKS == 1);
         const Row row = own_row(q_first);
+        if constexpr (BLOCKS == 1) {
+            collect<false>(kept, 0, words_of_keys(words(row, kv_first / 64 * 4), kv_first));
+        } else {
+            uint4 counter;
 #pragma unroll
-        for (int block = 0; block < BLOCKS; block += 2) {
-            const uint4 word = words(row, kv_first / 32 * 4 + 2 * block);
-            if constexpr (BLOCKS == 1) {
-                collect<false>(kept, 0, words_of_keys(word, kv_first));
-            } else {
+            for (int block = 0; block < BLOCKS; block += 2) {
+                const uint4 word = words_of_blocks<BLOCKS>(counter, block, row, kv_first);
                 collect<false>(kept, block, make_uint2(word.x, word.y));
                 collect<false>(kept, block + 1, make_uint2(word.z, word.w));
             }
@@ -173,7 +204,7 @@ struct Dropout {
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block) {
             const unsigned int query = q_first / 2 + 8 * block + lane % 4 * 2 + odd;
-            collect<true>(kept, block, words_of_keys(words(row(query), kv_first / 32 * 4 + lane / 8), kv_first));
+            collect<true>(kept, block, words_of_keys(words(row(query), kv_first / 64 * 4 + lane / 8), kv_first));
         }
 #pragma unroll
         for (unsigned int& word : kept.words) {

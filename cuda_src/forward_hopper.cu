@@ -37,7 +37,7 @@ static_assert(PRODUCER_REGISTERS + GROUPS * MATH_REGISTERS <= (GROUPS + 1) * LAU
 constexpr bool JOINS_TANH = SPEC.softcap && !SPEC.alibi && DV <= 128;
 // Whether dropout follows each exponential at once, so that its random numbers are drawn under the next ones, and not
 // after them all.
-constexpr bool DROPS_AT_ONCE = SPEC.dropout && !SPEC.softcap && !SPEC.alibi && DV == 128 && GROUPS == 2;
+constexpr bool DROPS_AT_ONCE = SPEC.dropout && !SPEC.softcap && !SPEC.alibi && DV == 128;
 // Whether registers suffice to keep, from tile to tile, what the counters of its random numbers have in common.
 constexpr bool KEEPS_COUNTERS = SPEC.dropout && !(SPEC.softcap && SPEC.alibi);
 // How exponentials with softcap come by the tanh of a tile. Where one way is out of its range, a later one is taken.
@@ -179,7 +179,8 @@ __device__ __forceinline__ bool uneven(const Params& p) {
 // Where the tiles of a head differ, either there is a block for each, the longest first; or, with a smaller
 // grid, they are worked on in pairs: the last of a head with its first, the one before with the second and so on, so
 // that all pairs have as much to do. (Of an odd number of tiles the last has no partner, and is as long as the pairs.)
-// A block's place moves on from round to round, since what is left of differences has the period of a head.
+// A block's place moves on from round to round, since what is left of differences has the period of a head. Query heads
+// that share one of K and V do not follow each other, or many blocks would read the same tile at the same time.
 //
 // Packed sequences' tasks are listed, the longest first, and a block that is done takes the next.
 template <bool LEADER, typename Use>
@@ -196,6 +197,7 @@ __device__ __forceinline__ void for_each_task(const Params& p, const Layout& sme
     }
     Tickets none{p, NONE};
     const int heads = p.heads * p.batch, pairs = ceil_div(p.q_tiles, 2);
+    const unsigned int kv_heads = p.heads / p.group;
     const bool paired = uneven(p) && gridDim.x < p.q_tiles * heads;
     const int items = (paired ? pairs : p.q_tiles) * heads;
     for (int round = 0; round < ceil_div(items, gridDim.x); ++round) {
@@ -208,7 +210,8 @@ __device__ __forceinline__ void for_each_task(const Params& p, const Layout& sme
                 const int tile = partner == 0 ? p.q_tiles - 1 - pair : pair - p.q_tiles % 2;
                 if (tile < 0) continue;
                 task.index = head / p.heads;
-                task.head = head - task.index * p.heads;
+                const unsigned int turn = head - task.index * p.heads;
+                task.head = turn % kv_heads * p.group + turn / kv_heads;
                 task.q_first = tile * TILE.rows;
             } else {
                 const Work work = find_work<TILE.rows, false>(p, item, p.q_tiles, p.heads);
@@ -864,9 +867,10 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
                             if (way == Tanh::BEFORE) finish();
                             if constexpr (DROPS_AT_ONCE) {
                                 const Dropout dropout(p, task.index, task.head);
+                                uint4 counter;
                                 softmax.exponentials(S, sum, [&](int n, const float (&x)[4]) {
                                     pack_tile(P, n, x);
-                                    if (n % 4 == 3) dropout.drop_part(P, n / 4, counters, kv_first());
+                                    if (n % 4 == 3) dropout.drop_blocks(P, n / 4 * 2, counter, counters, kv_first());
                                 });
                             } else {
                                 softmax.exponentials(S, sum, use);

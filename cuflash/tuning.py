@@ -295,14 +295,6 @@ def _crowded(spec: Spec) -> bool:
     return _score_options(spec) > 1 or (spec.softcap and _whole_panels(spec.head_dim) == 64)
 
 
-def _spreads_dropout(spec: Spec) -> bool:
-    """Whether the random numbers of dropout are better spread over three warpgroups with smaller tiles: at head
-    dimension 128 that saves 5% without a mask, and would cost 4% under one."""
-    bounded = spec.bounded_left or spec.bounded_right
-    alone = spec.dropout and not (spec.softcap or spec.alibi or bounded)
-    return alone and _whole_panels(spec.head_dim_v) == 128 and spec.head_dim <= 128
-
-
 def _long_score_stage(spec: Spec) -> bool:
     return spec.softcap or spec.alibi or spec.dropout or spec.bias or spec.mask
 
@@ -310,11 +302,9 @@ def _long_score_stage(spec: Spec) -> bool:
 def _hopper_forward_tile(spec: Spec, vector: int) -> Tile:
     """The tile of the Hopper forward: two sets of P where registers allow; the most keys that shared memory takes."""
     narrow = max(spec.head_dim, spec.head_dim_v) <= 64 and not _long_score_stage(spec)
-    spread = _spreads_dropout(spec)
-    # Three warpgroups of 160 registers each hide more: narrow heads have 64 + 32 + 32, others 32 + 2 * 16 + 64.
-    groups = 3 if narrow or spread else 2
-    most = 64 if spread else _HOPPER_FORWARD_COLS[_whole_panels(spec.head_dim_v)][spec.alibi]
-    unit = 32 if spec.dropout else 16  # keys of a step of O += P V, and with dropout those of a Philox counter
+    groups = 3 if narrow else 2  # three of 160 registers each hide more: 64 + 32 + 32
+    most = _HOPPER_FORWARD_COLS[_whole_panels(spec.head_dim_v)][spec.alibi]
+    unit = 32 if spec.dropout else 16  # keys of a step of O += P V, and with dropout half of a Philox counter's
     for cols in range(most // unit * unit, 0, -unit):
         # Room for the next task's Q too, as far as shared memory allows.
         for q_slots in range(2 * groups, groups - 1, -1):

@@ -50,14 +50,19 @@ def test_arrays_of_counters():
     np.testing.assert_array_equal(np.stack(words, axis=1), expected)
 
 
+def rotated(word: int, bits: int) -> int:
+    return word * 2**bits % 2**32 + word // 2 ** (32 - bits)
+
+
 def one_element(seed: int, dropout_p: float, batch: int, head: int, q_index: int, kv_index: int) -> bool:
     """The scheme of cuflash.dropout, spelt out for one element of P: what every kernel must draw too."""
     a, s, g = q_index // 16, q_index // 8 % 2, q_index % 8
-    b, t, c, u = kv_index // 32, kv_index // 8 % 4, kv_index // 2 % 4, kv_index % 2
-    words = philox4x32((8 * a + g, 4 * b + c, head, batch), (seed % 2**32, seed // 2**32))
-    word = int(words[2 * (t // 2) + s])
+    b, t, c, u = kv_index // 64, kv_index // 8 % 8, kv_index // 2 % 4, kv_index % 2
+    w0, w1, w2, w3 = map(int, philox4x32((8 * a + g, 4 * b + c, head, batch), (seed % 2**32, seed // 2**32)))
+    mixed = (w0 ^ rotated(w2, 4), w1 ^ rotated(w3, 4), w2 ^ rotated(w1, 4), w3 ^ rotated(w0, 4))
+    word = (w0, w1, w2, w3, *mixed)[2 * (t // 2) + s]
     if t % 2:
-        word = word * 2**8 % 2**32 + word // 2**24
+        word = rotated(word, 8)
     number = (word // 2**16 if u else word) % 2**15
     dropped = round(32768 * dropout_p)
     return number < 32768 - dropped if dropped > 16384 else number >= dropped
@@ -66,8 +71,8 @@ def one_element(seed: int, dropout_p: float, batch: int, head: int, q_index: int
 @pytest.mark.parametrize("dropout_p", [0.4, 0.8])
 def test_the_scheme_element_by_element(dropout_p: float):
     seed, place = 0xA4093822299F31D0, (3, 5)
-    mask = keep_mask(seed, dropout_p, *place, 30, 70, 0, 100)
-    expected = [[one_element(seed, dropout_p, *place, q, kv) for kv in range(100)] for q in range(30, 70)]
+    mask = keep_mask(seed, dropout_p, *place, 30, 70, 0, 150)
+    expected = [[one_element(seed, dropout_p, *place, q, kv) for kv in range(150)] for q in range(30, 70)]
     np.testing.assert_array_equal(mask, expected)
 
 
@@ -169,16 +174,16 @@ def test_the_largest_correlation():
 def test_correlations_of_the_elements_of_a_counter(dropout_p: float):
     size = 2048
     mask = keep_mask(0, dropout_p, 0, 0, 0, size, 0, 2 * size)
-    blocks = mask.reshape(size // 16, 2, 8, 2 * size // 32, 4, 4, 2)  # a, s, g, b, t, c, u
-    elements = blocks.transpose(1, 4, 6, 0, 2, 3, 5).reshape(16, -1)  # [(s, t, u), counter]
+    blocks = mask.reshape(size // 16, 2, 8, 2 * size // 64, 8, 4, 2)  # a, s, g, b, t, c, u
+    elements = blocks.transpose(1, 4, 6, 0, 2, 3, 5).reshape(32, -1)  # [(s, t, u), counter]
     # By s and t // 2 a word, and in that by t % 2 and u the upper byte, as its number in the word. The lower byte of
     # each is the one before.
     upper_byte = np.array([[1, 3], [0, 2]])
-    word = np.arange(16) // 4
-    upper = np.tile(upper_byte.ravel(), 4)
+    word = np.arange(32) // 4
+    upper = np.tile(upper_byte.ravel(), 8)
     shares = (word[:, None] == word) & ((upper[:, None] - upper) % 2 == 1)
-    expected = np.where(shares, correlation_of_sharers(limit(dropout_p)[0]), np.eye(16))
-    # of 120 pairs none beyond six standard deviations
+    expected = np.where(shares, correlation_of_sharers(limit(dropout_p)[0]), np.eye(32))
+    # of 496 pairs none beyond six standard deviations
     assert abs(np.corrcoef(elements) - expected).max() < 6 / math.sqrt(elements.shape[1])
 
 

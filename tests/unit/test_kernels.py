@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -47,6 +48,7 @@ def _spec(dtype: str, head_dim: int, head_dim_v: int | None = None, **options: b
     return Spec(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v or head_dim, **options)
 
 
+@functools.cache  # several tests meet the same kernel
 def _faults(job: tuple) -> list[str]:
     """What ptxas reports of one kernel that must not be."""
     name, spec, tile, target = job
