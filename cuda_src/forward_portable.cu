@@ -20,7 +20,10 @@ constexpr int WARP_ROWS = TILE.rows / (TILE.warps / TILE.split);
 constexpr int M = WARP_ROWS / 16;  // accumulator tiles down
 constexpr int N = TILE.cols / 8;   // and across S
 constexpr int SLICE = padded_dim(DV) / TILE.split;
-constexpr int N_OUT = SLICE / 8;  // and across a slice of O
+constexpr int N_OUT = SLICE / 8;             // and across a slice of O
+constexpr int COLUMNS = IS_FLOAT32 ? 1 : 2;  // whose row sums are apart, so that one does not wait for the other
+// Steps of S in one piece: where heads are wide it is short of keys, and registers suffice for more.
+constexpr int S_UNROLLED = IS_FLOAT32 || D <= 128 ? STEPS_UNROLLED : 16;
 constexpr bool LINEAR = !SPEC.softcap && !SPEC.alibi && !DENSE;
 static_assert(!SPEC.parts || !(SPEC.packed || SPEC.dropout || DENSE));
 constexpr int Q_BYTES = TILE.rows * row_pitch(D);
@@ -100,7 +103,7 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
 
         // S = Q K^T  [rows, cols]
         float S[M][N][4] = {};
-        multiply_nt<D>(S, Q_smem + warp_row * row_pitch(D), K_smem);
+        multiply_nt<D, S_UNROLLED>(S, Q_smem + warp_row * row_pitch(D), K_smem);
         kv.take_V(p, tiles, tile);
 
         // Softcap, ALiBi and bias, from where on S is times UNIT.
@@ -144,12 +147,12 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
             }
         }
 
-        // P = e^(S - m) with the new maximum; O and l follow it. (Maxima and sums of two columns side by side, so that
-        // one does not wait for the other.)
-        AccumulatorOperand<N> P[M];
+        // The new maximum; O and l follow it. (Maxima of two columns side by side, so that one does not wait for the
+        // other. In a row with no keys yet it is -inf, and what is subtracted 0: e^(-inf - 0) = 0.)
+        float reference[M][2], rescale[M][2];
+        bool moved = false;
 #pragma unroll
         for (int i = 0; i < M; ++i) {
-            float reference[2], rescale[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float largest[2] = {MINUS_INFINITY, MINUS_INFINITY};
@@ -159,43 +162,59 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                     largest[1] = fmaxf(largest[1], S[i][n][2 * half + 1]);
                 }
                 const float m_new = fmaxf(m[i][half], row_maximum(fmaxf(largest[0], largest[1])) * unit);
-                reference[half] = m_new == MINUS_INFINITY ? 0.0f : m_new;  // a row with no keys yet: e^(-inf - 0) = 0
-                rescale[half] = exponential(m[i][half] - reference[half]);
+                reference[i][half] = m_new == MINUS_INFINITY ? 0.0f : m_new;
+                rescale[i][half] = exponential(m[i][half] - reference[i][half]);
                 m[i][half] = m_new;
+                l[i][half] *= rescale[i][half];
+                moved |= rescale[i][half] != 1.0f;
             }
-            float sum[4] = {};
+        }
+        if (__any_sync(0xFFFFFFFF, moved)) {  // later maxima hardly change
 #pragma unroll
-            for (int n = 0; n < N; ++n) {
-#pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                    S[i][n][r] = exponential(fmaf(S[i][n][r], unit, -reference[r / 2]));
-                    sum[r] += S[i][n][r];
-                }
-            }
-            if constexpr (SPEC.dropout) {
-                Kept<N / 2> kept;
-                dropout.draw(kept, q_first + warp_row + 16 * i, kv_first);
-#pragma unroll
-                for (int n = 0; n < N; ++n) {
-#pragma unroll
-                    for (int r = 0; r < 4; ++r) S[i][n][r] *= dropout.factor(kept, n, r);
-                }
-            }
-            P[i].set(S[i]);
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                l[i][half] = l[i][half] * rescale[half] + (sum[2 * half] + sum[2 * half + 1]);
-            if (__any_sync(0xFFFFFFFF, rescale[0] != 1.0f || rescale[1] != 1.0f)) {  // later maxima hardly change
+            for (int i = 0; i < M; ++i) {
 #pragma unroll
                 for (int n = 0; n < N_OUT; ++n) {
 #pragma unroll
-                    for (int r = 0; r < 4; ++r) O[i][n][r] *= rescale[r / 2];
+                    for (int r = 0; r < 4; ++r) O[i][n][r] *= rescale[i][r / 2];
                 }
             }
         }
 
-        // O += P V  [rows, head_dim_v]
-        multiply_nn<DV>(O, P, V_smem + first_col * ELEMENT_BYTES);
+        // P = e^(S - m)  [rows, 16] and O += P V  [rows, head_dim_v], step by step: the exponentials of a step run
+        // under the products of the one before.
+        Kept<N / 2> kept[M];
+        if constexpr (SPEC.dropout) {
+#pragma unroll
+            for (int i = 0; i < M; ++i) dropout.draw(kept[i], q_first + warp_row + 16 * i, kv_first);
+        }
+        float sum[M][2][COLUMNS] = {};
+        constexpr int STEP = 2;  // accumulator tiles, 16 keys
+#pragma unroll
+        for (int n = 0; n < N; n += STEP) {
+            AccumulatorOperand<STEP> P[M];
+#pragma unroll
+            for (int i = 0; i < M; ++i) {
+                float p_of_step[STEP][4];
+#pragma unroll
+                for (int j = 0; j < STEP; ++j) {
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) {
+                        float& x = p_of_step[j][r];
+                        x = exponential(fmaf(S[i][n + j][r], unit, -reference[i][r / 2]));
+                        sum[i][r / 2][r % COLUMNS] += x;
+                        if constexpr (SPEC.dropout) x *= dropout.factor(kept[i], n + j, r);
+                    }
+                }
+                P[i].set(p_of_step);
+            }
+            multiply_nn<DV>(O, P, V_smem + 8 * n * row_pitch(DV) + first_col * ELEMENT_BYTES);
+        }
+#pragma unroll
+        for (int i = 0; i < M; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                l[i][half] += sum[i][half][0] + (COLUMNS > 1 ? sum[i][half][COLUMNS - 1] : 0.0f);
+        }
     }
     copy_async_commit();
     copy_async_wait<0>();

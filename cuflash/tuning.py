@@ -413,6 +413,8 @@ def _portable_candidates(kernel: str, spec: Spec, path: int, few_rows: bool) -> 
         candidates = _WITH_DENSE.get((kernel, element_bytes, reach), candidates)
         if dense and spec.deterministic:  # the loop over all that is summed in order takes registers too
             candidates = candidates[-1:]
+    if spec.parts and not few_rows and (element_bytes, reach) == (4, 64):
+        candidates = ((64, 32, 2, 4, 1, 1),)  # which head a row is of takes registers
     if kernel == "forward_portable" and not _long_score_stage(spec) and not spec.parts:
         candidates = (*_short_forward_tiles(spec, path, element_bytes, reach), *candidates)
     return candidates
