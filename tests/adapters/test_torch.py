@@ -18,6 +18,7 @@ from tests.contract.backends import from_torch
 
 torch = pytest.importorskip("torch")
 _call = pytest.importorskip("cuflash.adapters.torch._call")
+_extension = pytest.importorskip("cuflash.adapters.torch._extension")
 _values = pytest.importorskip("cuflash.adapters.torch._values")
 _cpu = pytest.importorskip("cuflash.adapters.torch._cpu")
 
@@ -508,6 +509,8 @@ def test_selective_checkpoint_sees_the_operator(device: str):
 
 
 def test_deterministic_algorithms_are_honoured(device: str, monkeypatch: pytest.MonkeyPatch):
+    """By the Python route; test_torch_extension.py has the other."""
+    monkeypatch.setattr(_extension, "attend", None)
     seen = []
     forward = _call.forward
     monkeypatch.setattr(

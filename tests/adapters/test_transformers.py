@@ -187,6 +187,7 @@ def test_boundaries_of_a_collator(device: str):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # of inductor, on a GPU
 @pytest.mark.parametrize("side", ["none", "left"])
 @pytest.mark.parametrize("kind", ["llama", "bert, not causal"])
 def test_compiled(kind: str, side: str, device: str):
