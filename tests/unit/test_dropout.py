@@ -187,6 +187,21 @@ def test_correlations_of_the_elements_of_a_counter(dropout_p: float):
     assert abs(np.corrcoef(elements) - expected).max() < 6 / math.sqrt(elements.shape[1])
 
 
+@pytest.mark.parametrize(("dropout_p", "times"), [(0.1, 1.3), (0.5, 1.02)])
+def test_three_elements_of_two_words_and_their_mixture(dropout_p: float, times: float):
+    """How often all three are dropped, of what independent ones are."""
+    size = 4096
+    drops = ~keep_mask(0, dropout_p, 0, 0, 0, size, 0, size)
+    blocks = drops.reshape(size // 16, 2, 8, size // 64, 4, 2, 4, 2)  # a, s, g, b, t // 2, t % 2, c, u
+    words = blocks.transpose(4, 1, 5, 7, 0, 2, 3, 6).reshape(8, 4, -1).astype(np.float32)  # [word, element, counter]
+    counters, p = words.shape[2], round(32768 * dropout_p) / 32768
+    most = 0.0
+    for mixture, (one, other) in zip(words[4:], ((0, 2), (1, 3), (2, 1), (3, 0)), strict=True):
+        both = (words[one][:, None] * words[other]).reshape(16, -1)
+        most = max(most, float((both @ mixture.T).max()) / counters / p**3)
+    assert most < times + 4 / math.sqrt(counters * p**3)
+
+
 MASKS_THAT_DIFFER = {
     "seed, low word": (1, 0, 0),
     "seed, high word": (2**32, 0, 0),
