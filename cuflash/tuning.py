@@ -371,7 +371,8 @@ def _short_forward_tiles(spec: Spec, path: int, element_bytes: int, reach: int) 
     if element_bytes == 2 and reach == 64:
         return ((128, 64 if left else 112, 1, 4, 1, 1),)
     if element_bytes == 2:
-        return ((128, 64 if not left and (spec.bounded_right or spec.packed) else 80, 1, 4, 1, 1),)
+        cols = 80 if left else 64 if spec.bounded_right or spec.packed or path >= 900 else 48
+        return ((128, cols, 1, 4, 1, 1),)
     if reach == 64:
         crowded = left or spec.packed or spec.sinks or path >= 1000
         return ((64, 32, 1, 4, 1, 1) if crowded else (128, 32, 2, 4, 1, 1),)
