@@ -84,7 +84,9 @@ def test_readme_opens_with_eight_lines_of_code() -> None:
     assert len([line for line in first.text.splitlines() if line.strip()]) <= 8
 
 
-@pytest.mark.parametrize(("name", "extra", "ending"), [("demo", "demo", "cuflash demo"), ("test", "test", "pytest")])
+@pytest.mark.parametrize(
+    ("name", "extra", "ending"), [("demo", "demo", "cuflash demo"), ("test", "test", "pytest --numprocesses=auto")]
+)
 def test_ci_runs_the_commands_of_the_readme(name: str, extra: str, ending: str) -> None:
     command = readme_command(name)
     assert command.startswith("python3 -m venv .venv && ")
