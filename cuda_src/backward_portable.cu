@@ -28,6 +28,19 @@ constexpr int STAGE_BYTES = Q_BYTES + DO_BYTES + 2 * STATISTIC_BYTES;
 // P^T and dS^T [keys, queries] in shared memory: rows of an odd number of 16-byte chunks, as in product.cuh.
 constexpr int SCORE_PITCH = TILE.rows * ELEMENT_BYTES + 16, SCORE_BYTES = TILE.cols * SCORE_PITCH;
 
+// A tile of queries of one head.
+struct Step {
+    int head, tile;
+
+    // To the head's next, or the first of the next head, which is said.
+    __device__ __forceinline__ bool advance(const TileRange& tiles) {
+        if (++tile < tiles.last) return false;
+        tile = tiles.first;
+        ++head;
+        return true;
+    }
+};
+
 // A warp's operands to its place there.
 __device__ __forceinline__ void store_scores(unsigned int smem, const AccumulatorOperand<N> (&X)[M]) {
     const int lane = threadIdx.x % 32;
@@ -60,21 +73,30 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     const int kv_rows = min(TILE.cols, sequence.kv_len - kv_first);
     const Band band(p, sequence);
     const TileRange tiles = band.q_tiles(kv_first, kv_first + kv_rows - 1);
-    const int tiles_a_head = tiles.last - tiles.first, steps = tiles_a_head * p.group;
+    const int steps = (tiles.last - tiles.first) * p.group;
 
-    auto load_step = [&](int step) {  // Q, dO, LSE and D of one tile of one head
+    const int first_head = work.head * p.group;
+    Step now{first_head, tiles.first}, ahead = now;  // the step at work, and the next to be loaded
+    const auto rows_of = [&](const Tensor& tensor) {
+        return head_rows(tensor, sequence.batch, sequence.q_start + tiles.first * TILE.rows, ahead.head);
+    };
+    RowStream<TILE.rows, D> Q(rows_of(p.q), p.q.row_stride);
+    RowStream<TILE.rows, DV> dO(rows_of(p.dout), p.dout.row_stride);
+    auto load_step = [&](int step) {  // Q, dO, LSE and D
         if (step < steps) {
-            const int head = work.head * p.group + step / tiles_a_head;
-            const int q_first = (tiles.first + step % tiles_a_head) * TILE.rows, rows = sequence.q_len - q_first;
+            const int q_first = ahead.tile * TILE.rows, rows = sequence.q_len - q_first;
             const long long row = sequence.q_start + q_first;
             const unsigned int Q_smem = stages_smem + (step % TILE.stages) * STAGE_BYTES;
             const unsigned int lse_smem = Q_smem + Q_BYTES + DO_BYTES;
-            load_tile<TILE.rows, D>(Q_smem, head_rows(p.q, sequence.batch, row, head), p.q.row_stride, rows);
-            load_tile<TILE.rows, DV>(Q_smem + Q_BYTES, head_rows(p.dout, sequence.batch, row, head), p.dout.row_stride,
-                                     rows);
-            load_statistic<TILE.rows>(lse_smem, statistic_rows(p.lse, sequence.batch, row, head), rows);
-            load_statistic<TILE.rows>(lse_smem + STATISTIC_BYTES, statistic_rows(p.delta, sequence.batch, row, head),
-                                      rows);
+            Q.load(Q_smem, p.q.row_stride, rows);
+            dO.load(Q_smem + Q_BYTES, p.dout.row_stride, rows);
+            load_statistic<TILE.rows>(lse_smem, statistic_rows(p.lse, sequence.batch, row, ahead.head), rows);
+            load_statistic<TILE.rows>(lse_smem + STATISTIC_BYTES,
+                                      statistic_rows(p.delta, sequence.batch, row, ahead.head), rows);
+            if (ahead.advance(tiles)) {
+                Q = RowStream<TILE.rows, D>(rows_of(p.q), p.q.row_stride);
+                dO = RowStream<TILE.rows, DV>(rows_of(p.dout), p.dout.row_stride);
+            }
         }
         copy_async_commit();
     };
@@ -101,8 +123,7 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
         const unsigned int Q_smem = stages_smem + stage_offset, dO_smem = Q_smem + Q_BYTES;
         const float* lse = reinterpret_cast<const float*>(smem + K_BYTES + V_BYTES + stage_offset + Q_BYTES + DO_BYTES);
         const float* delta = lse + TILE.rows;
-        const int head = work.head * p.group + step / tiles_a_head;
-        const int q_first = (tiles.first + step % tiles_a_head) * TILE.rows;
+        const int head = now.head, q_first = now.tile * TILE.rows;
 
         if constexpr (DENSE) dense.load(p, sequence.batch, head, q_first, kv_first);
 
@@ -205,8 +226,9 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
             }
             if constexpr (EXCHANGES) __syncthreads();  // everyone is done with Q and dO
             load_step(step + 1);
-            add_dq<D, SCORE_PITCH>(p, sequence, head, tiles.first + step % tiles_a_head, dS_smem, K_smem);
+            add_dq<D, SCORE_PITCH>(p, sequence, head, now.tile, dS_smem, K_smem);
         }
+        now.advance(tiles);
     }
     copy_async_commit();
     copy_async_wait<0>();

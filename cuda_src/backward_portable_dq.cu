@@ -31,7 +31,7 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Wor
     const Band band(p, sequence);
     const TileRange tiles = band.kv_tiles(q_first, q_first + q_rows - 1);
 
-    const KeyValueTiles<D, DV> kv(p, sequence, kv_head, KV_smem);
+    KeyValueTiles<D, DV> kv(p, sequence, kv_head, tiles.first, KV_smem);
     auto load_kv = [&](int tile) { kv.load(p, tile, tiles.last); };
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -102,6 +102,37 @@ __device__ __forceinline__ void load_tile(unsigned int X_smem, const Element* X_
     load_rows<ROWS, DIM>(X_smem, [=](int row) { return X_gmem + row * row_stride; }, rows);
 }
 
+// Tiles of ROWS rows of one head on their way to shared memory, one after the other.
+template <int ROWS, int DIM>
+struct RowStream {
+    static constexpr int CHUNKS = padded_dim(DIM) / CHUNK, STEP = THREADS / CHUNKS;
+    // Whether a thread copies one column of chunks, so that its place in the next tile is where it is done with this.
+    static constexpr bool BY_COLUMN =
+        TILE.vector == 16 && padded_dim(DIM) == DIM && THREADS % CHUNKS == 0 && ROWS % STEP == 0;
+
+    const Element* next;  // row 0 of the next tile, or this thread's first chunk of it
+
+    __device__ __forceinline__ RowStream(const Element* X_gmem, long long row_stride) : next(X_gmem) {
+        if constexpr (BY_COLUMN) next += threadIdx.x / CHUNKS * row_stride + threadIdx.x % CHUNKS * CHUNK;
+    }
+
+    // X_smem [ROWS, padded DIM] = the next tile, zero from `rows` on.
+    __device__ __forceinline__ void load(unsigned int X_smem, long long row_stride, int rows) {
+        if constexpr (BY_COLUMN) {
+            const int first = threadIdx.x / CHUNKS;
+            const unsigned int target = X_smem + first * row_pitch(DIM) + threadIdx.x % CHUNKS * 16;
+#pragma unroll
+            for (int row = 0; row < ROWS; row += STEP) {
+                copy_async_16(target + row * row_pitch(DIM), next, row < rows - first ? 16 : 0);
+                next += STEP * row_stride;
+            }
+        } else {
+            load_rows<ROWS, DIM>(X_smem, [=](int row) { return next + row * row_stride; }, rows);
+            next += ROWS * row_stride;
+        }
+    }
+};
+
 // The statistic's address of row 0 of one head of one sequence.
 __device__ __forceinline__ float* statistic_rows(const RowStatistic& statistic, int batch, long long row, int head) {
     return statistic.data + batch * statistic.batch_stride + head * statistic.head_stride + row;
@@ -110,9 +141,11 @@ __device__ __forceinline__ float* statistic_rows(const RowStatistic& statistic, 
 // x_smem [ROWS] = x_gmem [rows], zero from `rows` on.
 template <int ROWS>
 __device__ __forceinline__ void load_statistic(unsigned int x_smem, const float* x_gmem, int rows) {
-    for (int row = threadIdx.x; row < ROWS; row += THREADS) {
+#pragma unroll
+    for (int first = 0; first < ROWS; first += THREADS) {
+        const int row = first + threadIdx.x;
         const bool inside = row < rows;
-        copy_async_4(x_smem + 4 * row, inside ? x_gmem + row : x_gmem, inside ? 4 : 0);
+        if (row < ROWS) copy_async_4(x_smem + 4 * row, inside ? x_gmem + row : x_gmem, inside ? 4 : 0);
     }
 }
 

@@ -21,10 +21,12 @@ constexpr int M = WARP_ROWS / 16;  // accumulator tiles down
 constexpr int N = TILE.cols / 8;   // and across S
 constexpr int SLICE = padded_dim(DV) / TILE.split;
 constexpr int N_OUT = SLICE / 8;             // and across a slice of O
-constexpr int COLUMNS = IS_FLOAT32 ? 1 : 2;  // whose row sums are apart, so that one does not wait for the other
 // Steps of S in one piece: where heads are wide it is short of keys, and registers suffice for more.
 constexpr int S_UNROLLED = IS_FLOAT32 || D <= 128 ? STEPS_UNROLLED : 16;
 constexpr bool LINEAR = !SPEC.softcap && !SPEC.alibi && !DENSE;
+// Whether where the rows belong is kept over the loop. That takes registers, which ptxas finds for Hopper, where it is
+// faster by up to 2%; before, it is worked out anew (but not packed, where that takes a search).
+constexpr bool REMEMBERS = SPEC.packed || __CUDA_ARCH__ / 100 == 9;
 static_assert(!SPEC.parts || !(SPEC.packed || SPEC.dropout || DENSE));
 constexpr int Q_BYTES = TILE.rows * row_pitch(D);
 constexpr int KV_BYTES = TILE.stages * TILE.cols * (row_pitch(D) + row_pitch(DV));
@@ -54,7 +56,7 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
         tiles.last = min(tiles.first + p.part_tiles, tiles.last);
     }
 
-    const KeyValueTiles<D, DV> kv(p, sequence, kv_head, KV_smem);
+    KeyValueTiles<D, DV> kv(p, sequence, kv_head, tiles.first, KV_smem);
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int warp_row = warp / TILE.split * WARP_ROWS, first_col = warp % TILE.split * SLICE;
@@ -76,12 +78,10 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     const bool by_factor = LINEAR && !(scores.factor > 0.0f);
     const float unit = LINEAR && !by_factor ? scores.factor : 1.0f;
     float O[M][N_OUT][4] = {};  // [rows, head_dim_v]
-    float m[M][2], l[M][2];     // running row maximum of S (times UNIT) and row sum of e^(S - m), this lane's columns
+    float m[M][2];              // running row maximum of S (times UNIT)
+    float l[M][2] = {};         // and row sum of e^(S - m), this lane's columns
 #pragma unroll
-    for (int i = 0; i < M; ++i) {
-        m[i][0] = m[i][1] = MINUS_INFINITY;
-        l[i][0] = l[i][1] = 0.0f;
-    }
+    for (int i = 0; i < M; ++i) m[i][0] = m[i][1] = LOWEST;
 
     const Element* Q_gmem = head_rows(p.q, sequence.batch, sequence.q_start + (SPEC.parts ? 0 : first_row), head);
     if constexpr (SPEC.parts) {
@@ -130,7 +130,7 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
             }
         }
         // Masks, where the tile is cut. (Rows beyond the last query are never looked at.)
-        if (band.cuts(q_first, q_last - q_first + 1, kv_first, TILE.cols)) {
+        if (band.cuts_keys(q_first, q_last, kv_first, kv_first + TILE.cols - 1)) {
 #pragma unroll
             for (int i = 0; i < M; ++i) {
 #pragma unroll
@@ -148,8 +148,8 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
         }
 
         // The new maximum; O and l follow it. (Maxima of two columns side by side, so that one does not wait for the
-        // other. In a row with no keys yet it is -inf, and what is subtracted 0: e^(-inf - 0) = 0.)
-        float reference[M][2], rescale[M][2];
+        // other. In a row with no keys yet m stays finite, and e^(-inf - m) = 0.)
+        float rescale[M][2];
         bool moved = false;
 #pragma unroll
         for (int i = 0; i < M; ++i) {
@@ -162,8 +162,7 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                     largest[1] = fmaxf(largest[1], S[i][n][2 * half + 1]);
                 }
                 const float m_new = fmaxf(m[i][half], row_maximum(fmaxf(largest[0], largest[1])) * unit);
-                reference[i][half] = m_new == MINUS_INFINITY ? 0.0f : m_new;
-                rescale[i][half] = exponential(m[i][half] - reference[i][half]);
+                rescale[i][half] = exponential(m[i][half] - m_new);
                 m[i][half] = m_new;
                 l[i][half] *= rescale[i][half];
                 moved |= rescale[i][half] != 1.0f;
@@ -187,7 +186,6 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
 #pragma unroll
             for (int i = 0; i < M; ++i) dropout.draw(kept[i], q_first + warp_row + 16 * i, kv_first);
         }
-        float sum[M][2][COLUMNS] = {};
         constexpr int STEP = 2;  // accumulator tiles, 16 keys
 #pragma unroll
         for (int n = 0; n < N; n += STEP) {
@@ -200,20 +198,14 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
 #pragma unroll
                     for (int r = 0; r < 4; ++r) {
                         float& x = p_of_step[j][r];
-                        x = exponential(fmaf(S[i][n + j][r], unit, -reference[i][r / 2]));
-                        sum[i][r / 2][r % COLUMNS] += x;
+                        x = exponential(fmaf(S[i][n + j][r], unit, -m[i][r / 2]));
+                        l[i][r / 2] += x;
                         if constexpr (SPEC.dropout) x *= dropout.factor(kept[i], n + j, r);
                     }
                 }
                 P[i].set(p_of_step);
             }
             multiply_nn<DV>(O, P, V_smem + 8 * n * row_pitch(DV) + first_col * ELEMENT_BYTES);
-        }
-#pragma unroll
-        for (int i = 0; i < M; ++i) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                l[i][half] += sum[i][half][0] + (COLUMNS > 1 ? sum[i][half][COLUMNS - 1] : 0.0f);
         }
     }
     copy_async_commit();
@@ -240,20 +232,24 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     }
 
     // O / l and LSE; exp(sink) joins the denominator.
-    Element* O_gmem = head_rows(p.out, sequence.batch, sequence.q_start + q_first, head);
-    float* lse_gmem = statistic_rows(p.lse, sequence.batch, sequence.q_start + q_first, head);
+    const Work end = REMEMBERS ? work : find_work<TILE.rows, false>(p, forgotten(blockIdx.x), p.q_tiles, p.heads);
+    const int end_first = end.tile * TILE.rows, end_rows = min(TILE.rows, end.sequence.q_len - end_first);
+    const long long end_row = end.sequence.q_start + end_first;
+    const float sink = Scores(p, end.sequence.index, end.head, 0).sink;
+    Element* O_gmem = head_rows(p.out, end.sequence.batch, end_row, end.head);
+    float* lse_gmem = statistic_rows(p.lse, end.sequence.batch, end_row, end.head);
 #pragma unroll
     for (int i = 0; i < M; ++i) {
         float scale[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float lse;
-            scale[half] = finish_row(m[i][half], row_sum(l[i][half]), scores.sink, lse);
+            scale[half] = finish_row(m[i][half], row_sum(l[i][half]), sink, lse);
             const int row = warp_row + 16 * i + lane / 4 + 8 * half;
-            if (p.lse.data != nullptr && lane % 4 == 0 && first_col == 0 && row < rows) lse_gmem[row] = lse;
+            if (p.lse.data != nullptr && lane % 4 == 0 && first_col == 0 && row < end_rows) lse_gmem[row] = lse;
         }
         const int row = warp_row + 16 * i;
-        store_accumulators<DV>(O_gmem + row * p.out.row_stride, p.out.row_stride, rows - row, first_col, O[i], scale,
-                               false);
+        store_accumulators<DV>(O_gmem + row * p.out.row_stride, p.out.row_stride, end_rows - row, first_col, O[i],
+                               scale, false);
     }
 }

@@ -7,13 +7,16 @@ template <int D, int DV>
 struct KeyValueTiles {
     static constexpr int K_BYTES = TILE.cols * row_pitch(D), V_BYTES = TILE.cols * row_pitch(DV);
 
-    const Element *K_gmem, *V_gmem;  // row 0 of the sequence
+    RowStream<TILE.cols, D> K;
+    RowStream<TILE.cols, DV> V;
     int kv_len;
     unsigned int smem;
 
-    __device__ __forceinline__ KeyValueTiles(const Params& p, const Sequence& sequence, int kv_head, unsigned int start)
-        : K_gmem(head_rows(p.k, sequence.batch, sequence.kv_start, kv_head)),
-          V_gmem(head_rows(p.v, sequence.batch, sequence.kv_start, kv_head)),
+    // Of a sequence's tiles from number `first` on.
+    __device__ __forceinline__ KeyValueTiles(const Params& p, const Sequence& sequence, int kv_head, int first,
+                                             unsigned int start)
+        : K(head_rows(p.k, sequence.batch, sequence.kv_start + first * TILE.cols, kv_head), p.k.row_stride),
+          V(head_rows(p.v, sequence.batch, sequence.kv_start + first * TILE.cols, kv_head), p.v.row_stride),
           kv_len(sequence.kv_len),
           smem(start) {}
 
@@ -23,18 +26,16 @@ struct KeyValueTiles {
 
     __device__ __forceinline__ unsigned int V_smem(int tile) const { return K_smem(tile) + K_BYTES; }
 
-    __device__ __forceinline__ void load_K(const Params& p, int tile) const {
-        const int first = tile * TILE.cols;
-        load_tile<TILE.cols, D>(K_smem(tile), K_gmem + first * p.k.row_stride, p.k.row_stride, kv_len - first);
+    __device__ __forceinline__ void load_K(const Params& p, int tile) {
+        K.load(K_smem(tile), p.k.row_stride, kv_len - tile * TILE.cols);
     }
 
-    __device__ __forceinline__ void load_V(const Params& p, int tile) const {
-        const int first = tile * TILE.cols;
-        load_tile<TILE.cols, DV>(V_smem(tile), V_gmem + first * p.v.row_stride, p.v.row_stride, kv_len - first);
+    __device__ __forceinline__ void load_V(const Params& p, int tile) {
+        V.load(V_smem(tile), p.v.row_stride, kv_len - tile * TILE.cols);
     }
 
     // One asynchronous group; an empty one from tile `last` on.
-    __device__ __forceinline__ void load(const Params& p, int tile, int last) const {
+    __device__ __forceinline__ void load(const Params& p, int tile, int last) {
         if (tile < last) {
             load_K(p, tile);
             load_V(p, tile);
@@ -45,7 +46,7 @@ struct KeyValueTiles {
     // Where K is needed first and V after it, in that order a tile: `begin` before the first tile, then for each tile
     // `take_K` and, when everything that reads this K is issued, `take_V`. With one stage K and V are on their way in
     // turn, each under the work on the other; with more the ring brings both.
-    __device__ __forceinline__ void begin(const Params& p, const TileRange& tiles) const {
+    __device__ __forceinline__ void begin(const Params& p, const TileRange& tiles) {
         if constexpr (TILE.stages == 1) {
             if (tiles.first < tiles.last) load_K(p, tiles.first);
             copy_async_commit();
@@ -54,7 +55,7 @@ struct KeyValueTiles {
         }
     }
 
-    __device__ __forceinline__ void take_K(const Params& p, const TileRange& tiles, int tile) const {
+    __device__ __forceinline__ void take_K(const Params& p, const TileRange& tiles, int tile) {
         if constexpr (TILE.stages == 1) {
             copy_async_wait<0>();
             __syncthreads();  // and everyone is done with the V before
@@ -65,7 +66,7 @@ struct KeyValueTiles {
         }
     }
 
-    __device__ __forceinline__ void take_V(const Params& p, const TileRange& tiles, int tile) const {
+    __device__ __forceinline__ void take_V(const Params& p, const TileRange& tiles, int tile) {
         if constexpr (TILE.stages == 1) {
             copy_async_wait<0>();
             __syncthreads();  // and everyone is done with this K

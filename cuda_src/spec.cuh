@@ -54,6 +54,13 @@ constexpr int THREADS = 32 * TILE.warps;
 #define ARGUMENT(Type) const __grid_constant__ Type
 #endif
 constexpr float MINUS_INFINITY = __builtin_bit_cast(float, 0xFF800000u);
+constexpr float LOWEST = __builtin_bit_cast(float, 0xFF7FFFFFu);  // the lowest finite one
+
+// x, of which the compiler does not know that it has it already.
+__device__ __forceinline__ unsigned int forgotten(unsigned int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 
 __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __device__ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }

@@ -369,11 +369,9 @@ def _short_forward_tiles(spec: Spec, path: int, element_bytes: int, reach: int) 
         return ()
     left = spec.bounded_left
     if element_bytes == 2 and reach == 64:
-        return ((128, 64 if left else 112, 1, 4, 1, 1),)
+        return ((128, 64 if left else 128 if path < 1000 else 112, 1, 4, 1, 1),)
     if element_bytes == 2:
-        # Without a mask ptxas spills with 64 before sm_90, and with 80 in the entry that JAX calls.
-        cols = 80 if left else 64 if spec.bounded_right or spec.packed or path >= 900 else 48
-        return ((128, cols, 1, 4, 1, 1),)
+        return ((128, 80 if left and path < 1000 else 64, 1, 4, 1, 1),)
     if reach == 64:
         crowded = left or spec.packed or spec.sinks or path >= 1000
         return ((64, 32, 1, 4, 1, 1) if crowded else (128, 32, 2, 4, 1, 1),)
