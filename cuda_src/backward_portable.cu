@@ -16,15 +16,17 @@ constexpr int WARP_ROWS = TILE.cols / (TILE.warps / TILE.split);  // keys
 constexpr int M = WARP_ROWS / 16;
 constexpr bool SUMS_DQ = !SPEC.lean;
 static_assert(!SUMS_DQ || !(LONG_STAGE || IS_FLOAT32));
-static_assert(!SUMS_DQ || TILE.stages == 1, "a step's Q and dO come under the product that is dQ of the step before");
+// Then dO and Q come under the product that is dQ of the step before, or with two stages Q a step earlier still.
+constexpr bool EARLY_Q = SUMS_DQ && TILE.stages > 1;
 constexpr bool EXCHANGES = SUMS_DQ && TILE.split > 1;                     // P^T and dS^T, among warps that share keys
 constexpr int OWN_ROWS = EXCHANGES ? TILE.rows / TILE.split : TILE.rows;  // queries of this warp
 constexpr int N = OWN_ROWS / 8;                                           // across S^T
 constexpr int SLICE_D = padded_dim(D) / TILE.split, SLICE_DV = padded_dim(DV) / TILE.split;
 constexpr int K_BYTES = TILE.cols * row_pitch(D), V_BYTES = TILE.cols * row_pitch(DV);
 constexpr int Q_BYTES = TILE.rows * row_pitch(D), DO_BYTES = TILE.rows * row_pitch(DV);
-constexpr int STATISTIC_BYTES = TILE.rows * 4;
-constexpr int STAGE_BYTES = Q_BYTES + DO_BYTES + 2 * STATISTIC_BYTES;
+constexpr int Q_STAGE = Q_BYTES + TILE.rows * 4, DO_STAGE = DO_BYTES + TILE.rows * 4;  // with LSE, and with D
+constexpr int DO_STAGES = SUMS_DQ ? 1 : TILE.stages;
+constexpr int STAGES_BYTES = TILE.stages * Q_STAGE + DO_STAGES * DO_STAGE;
 // P^T and dS^T [keys, queries] in shared memory: rows of an odd number of 16-byte chunks, as in product.cuh.
 constexpr int SCORE_PITCH = TILE.rows * ELEMENT_BYTES + 16, SCORE_BYTES = TILE.cols * SCORE_PITCH;
 
@@ -38,6 +40,35 @@ struct Step {
         tile = tiles.first;
         ++head;
         return true;
+    }
+
+    __device__ __forceinline__ Step before(const TileRange& tiles) const {
+        return tile > tiles.first ? Step{head, tile - 1} : Step{head - 1, tiles.last - 1};
+    }
+};
+
+// Q and LSE, or dO and D, of one step after the other.
+template <int DIM>
+struct StepStream {
+    Step next;
+    RowStream<TILE.rows, DIM> rows;
+
+    __device__ __forceinline__ StepStream(const Tensor& tensor, const Sequence& sequence, const Step& first)
+        : next(first), rows(of_head(tensor, sequence, first)) {}
+
+    static __device__ __forceinline__ RowStream<TILE.rows, DIM> of_head(const Tensor& tensor, const Sequence& sequence,
+                                                                        const Step& first) {
+        const long long row = sequence.q_start + first.tile * TILE.rows;
+        return RowStream<TILE.rows, DIM>(head_rows(tensor, sequence.batch, row, first.head), tensor.row_stride);
+    }
+
+    __device__ __forceinline__ void load(unsigned int X_smem, const Tensor& tensor, const RowStatistic& statistic,
+                                         const Sequence& sequence, const TileRange& tiles) {
+        const int q_first = next.tile * TILE.rows, left = sequence.q_len - q_first;
+        rows.load(X_smem, tensor.row_stride, left);
+        const float* x_gmem = statistic_rows(statistic, sequence.batch, sequence.q_start + q_first, next.head);
+        load_statistic<TILE.rows>(X_smem + TILE.rows * row_pitch(DIM), x_gmem, left);
+        if (next.advance(tiles)) rows = of_head(tensor, sequence, next);
     }
 };
 
@@ -63,8 +94,8 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     const unsigned int K_smem = shared_address(smem);
     const unsigned int V_smem = K_smem + K_BYTES;
     const unsigned int stages_smem = V_smem + V_BYTES;
-    const unsigned int dS_smem = stages_smem + TILE.stages * STAGE_BYTES, P_smem = dS_smem + SCORE_BYTES;
-    const DenseTile dense{reinterpret_cast<float*>(smem + K_BYTES + V_BYTES + TILE.stages * STAGE_BYTES)};
+    const unsigned int dS_smem = stages_smem + STAGES_BYTES, P_smem = dS_smem + SCORE_BYTES;
+    const DenseTile dense{reinterpret_cast<float*>(smem + K_BYTES + V_BYTES + STAGES_BYTES)};
 
     const Work work = find_work<TILE.cols, true>(p, blockIdx.x, p.kv_tiles, p.heads / p.group);
     if (!work.exists) return;
@@ -75,29 +106,21 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     const TileRange tiles = band.q_tiles(kv_first, kv_first + kv_rows - 1);
     const int steps = (tiles.last - tiles.first) * p.group;
 
-    const int first_head = work.head * p.group;
-    Step now{first_head, tiles.first}, ahead = now;  // the step at work, and the next to be loaded
-    const auto rows_of = [&](const Tensor& tensor) {
-        return head_rows(tensor, sequence.batch, sequence.q_start + tiles.first * TILE.rows, ahead.head);
+    const Step first{work.head * p.group, tiles.first};
+    Step in_turn = first;  // what is at work, where that is not the step before the next dO
+    StepStream<D> Q(p.q, sequence, first);
+    StepStream<DV> dO(p.dout, sequence, first);
+    const auto Q_place = [](int step) { return step % TILE.stages * Q_STAGE; };
+    const auto dO_place = [](int step) { return TILE.stages * Q_STAGE + step % DO_STAGES * DO_STAGE; };
+    const auto load_Q = [&](int step) {
+        if (step < steps) Q.load(stages_smem + Q_place(step), p.q, p.lse, sequence, tiles);
     };
-    RowStream<TILE.rows, D> Q(rows_of(p.q), p.q.row_stride);
-    RowStream<TILE.rows, DV> dO(rows_of(p.dout), p.dout.row_stride);
-    auto load_step = [&](int step) {  // Q, dO, LSE and D
-        if (step < steps) {
-            const int q_first = ahead.tile * TILE.rows, rows = sequence.q_len - q_first;
-            const long long row = sequence.q_start + q_first;
-            const unsigned int Q_smem = stages_smem + (step % TILE.stages) * STAGE_BYTES;
-            const unsigned int lse_smem = Q_smem + Q_BYTES + DO_BYTES;
-            Q.load(Q_smem, p.q.row_stride, rows);
-            dO.load(Q_smem + Q_BYTES, p.dout.row_stride, rows);
-            load_statistic<TILE.rows>(lse_smem, statistic_rows(p.lse, sequence.batch, row, ahead.head), rows);
-            load_statistic<TILE.rows>(lse_smem + STATISTIC_BYTES,
-                                      statistic_rows(p.delta, sequence.batch, row, ahead.head), rows);
-            if (ahead.advance(tiles)) {
-                Q = RowStream<TILE.rows, D>(rows_of(p.q), p.q.row_stride);
-                dO = RowStream<TILE.rows, DV>(rows_of(p.dout), p.dout.row_stride);
-            }
-        }
+    const auto load_dO = [&](int step) {
+        if (step < steps) dO.load(stages_smem + dO_place(step), p.dout, p.delta, sequence, tiles);
+    };
+    const auto load_step = [&](int step) {
+        load_Q(step);
+        load_dO(step);
         copy_async_commit();
     };
 
@@ -111,18 +134,30 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                             p.k.row_stride, kv_rows);
     load_tile<TILE.cols, DV>(V_smem, head_rows(p.v, sequence.batch, sequence.kv_start + kv_first, work.head),
                              p.v.row_stride, kv_rows);
-    for (int stage = 0; stage < (SUMS_DQ ? 1 : TILE.stages - 1); ++stage) load_step(stage);
+    if constexpr (EARLY_Q) {
+        load_Q(0);
+        copy_async_commit();
+        load_dO(0);
+        copy_async_commit();
+        load_Q(1);
+        copy_async_commit();
+        copy_async_wait<2>();
+        __syncthreads();
+    } else {
+        for (int stage = 0; stage < (SUMS_DQ ? 1 : TILE.stages - 1); ++stage) load_step(stage);
+    }
     for (int step = 0; step < steps; ++step) {
-        if constexpr (SUMS_DQ) {
+        if constexpr (!SUMS_DQ) {
+            advance_ring(step, load_step);
+        } else if constexpr (!EARLY_Q) {
             copy_async_wait<0>();
             __syncthreads();
-        } else {
-            advance_ring(step, load_step);
         }
-        const int stage_offset = (step % TILE.stages) * STAGE_BYTES;
-        const unsigned int Q_smem = stages_smem + stage_offset, dO_smem = Q_smem + Q_BYTES;
-        const float* lse = reinterpret_cast<const float*>(smem + K_BYTES + V_BYTES + stage_offset + Q_BYTES + DO_BYTES);
-        const float* delta = lse + TILE.rows;
+        const unsigned int Q_smem = stages_smem + Q_place(step), dO_smem = stages_smem + dO_place(step);
+        const unsigned char* stages = smem + K_BYTES + V_BYTES;
+        const float* lse = reinterpret_cast<const float*>(stages + Q_place(step) + Q_BYTES);
+        const float* delta = reinterpret_cast<const float*>(stages + dO_place(step) + DO_BYTES);
+        const Step now = SUMS_DQ ? dO.next.before(tiles) : in_turn;
         const int head = now.head, q_first = now.tile * TILE.rows;
 
         if constexpr (DENSE) dense.load(p, sequence.batch, head, q_first, kv_first);
@@ -138,25 +173,36 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
         if constexpr (SUMS_DQ) {  // P^T, packed, before dP^T: there are registers for one of S^T and dP^T
             float S[M][N][4] = {};
             multiply_nt<D, 8>(S, K_warp, Q_own);
+            // Masks come before the exponentials, so that these and the product that is dP^T are one block of code: a
+            // score that times the factor is -inf.
+            const float factor = scores.factor == 0.0f ? SMALLEST : scores.factor;
+            if (cut) {
+#pragma unroll
+                for (int i = 0; i < M; ++i) {
+#pragma unroll
+                    for (int n = 0; n < N; ++n) {
+#pragma unroll
+                        for (int r = 0; r < 4; ++r) {
+                            if (!band.allows(q_first + column(n, r), kv_of(i, r)))
+                                S[i][n][r] = factor > 0.0f ? MINUS_INFINITY : -MINUS_INFINITY;
+                        }
+                    }
+                }
+            }
 #pragma unroll
             for (int i = 0; i < M; ++i) {
 #pragma unroll
                 for (int n = 0; n < N; ++n) {
 #pragma unroll
                     for (int r = 0; r < 4; ++r) {
-                        S[i][n][r] = exponential(S[i][n][r] * scores.factor - exponent_reference(lse[column(n, r)]));
-                    }
-                }
-                if (cut) {
-#pragma unroll
-                    for (int n = 0; n < N; ++n) {
-#pragma unroll
-                        for (int r = 0; r < 4; ++r) {
-                            if (!band.allows(q_first + column(n, r), kv_of(i, r))) S[i][n][r] = 0.0f;
-                        }
+                        S[i][n][r] = exponential(S[i][n][r] * factor - exponent_reference(lse[column(n, r)]));
                     }
                 }
                 P[i].set(S[i]);
+            }
+            if constexpr (EARLY_Q) {
+                copy_async_wait<1>();
+                __syncthreads();  // dO is there, and everyone is done with dS^T of the step before
             }
             float dP[M][N][4] = {};
             multiply_nt<DV, 8>(dP, V_warp, dO_own);
@@ -214,7 +260,8 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
         multiply_nn<DV>(dV, P, dO_slice + own * row_pitch(DV));
         multiply_nn<D>(dK, dS, Q_slice + own * row_pitch(D));
         if constexpr (SUMS_DQ) {
-            __syncthreads();  // P^T and dS^T are there
+            if constexpr (EARLY_Q) copy_async_wait<0>();
+            __syncthreads();  // P^T and dS^T are there, and the next Q
 #pragma unroll
             for (int other = 1; other < (EXCHANGES ? TILE.split : 1); ++other) {
                 const int row = (slice + other) % TILE.split * OWN_ROWS;
@@ -225,10 +272,17 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                                                                       Q_slice + row * row_pitch(D));
             }
             if constexpr (EXCHANGES) __syncthreads();  // everyone is done with Q and dO
-            load_step(step + 1);
+            if constexpr (EARLY_Q) {
+                load_dO(step + 1);
+                copy_async_commit();
+                load_Q(step + 2);
+                copy_async_commit();
+            } else {
+                load_step(step + 1);
+            }
             add_dq<D, SCORE_PITCH>(p, sequence, head, now.tile, dS_smem, K_smem);
         }
-        now.advance(tiles);
+        in_turn.advance(tiles);
     }
     copy_async_commit();
     copy_async_wait<0>();

@@ -127,7 +127,8 @@ struct RowStream {
                 next += STEP * row_stride;
             }
         } else {
-            load_rows<ROWS, DIM>(X_smem, [=](int row) { return next + row * row_stride; }, rows);
+            const Element* first = next;
+            load_rows<ROWS, DIM>(X_smem, [=](int row) { return first + row * row_stride; }, rows);
             next += ROWS * row_stride;
         }
     }

@@ -119,12 +119,15 @@ struct Dropout {
         return __funnelshift_l(word, word, bits);
     }
 
-    // The words of a counter, or, where all bits of `mixes` are ones and not zeros, those of its other sixteen
-    // elements, of the last 32 keys.
+    // A word of a counter, or, where all bits of `mixes` are ones and not zeros, its mixture with its partner.
+    __device__ __forceinline__ static unsigned int mix(unsigned int word, unsigned int partner, unsigned int mixes) {
+        return word ^ rotate(partner, MIX) & mixes;
+    }
+
+    // The words of a counter, or those of its other sixteen elements, of the last 32 keys.
     __device__ __forceinline__ static uint4 mixed(const uint4& words, unsigned int mixes) {
         const auto [x, y, z, w] = words;
-        return make_uint4(x ^ rotate(z, MIX) & mixes, y ^ rotate(w, MIX) & mixes, z ^ rotate(y, MIX) & mixes,
-                          w ^ rotate(x, MIX) & mixes);
+        return make_uint4(mix(x, z, mixes), mix(y, w, mixes), mix(z, y, mixes), mix(w, x, mixes));
     }
     __device__ __forceinline__ static unsigned int mixes(int kv_first) { return kv_first / 32 % 2 ? 0xFFFFFFFF : 0; }
 
@@ -143,8 +146,7 @@ struct Dropout {
         const auto [x, y, z, w] = words;
         uint2 own = make_uint2(x, y), other = make_uint2(z, w);
         if (kv_first / 16 % 2) own = make_uint2(z, w), other = make_uint2(y, x);
-        return make_uint2(own.x ^ rotate(other.x, MIX) & mixes(kv_first),
-                          own.y ^ rotate(other.y, MIX) & mixes(kv_first));
+        return make_uint2(mix(own.x, other.x, mixes(kv_first)), mix(own.y, other.y, mixes(kv_first)));
     }
 
     // Which two elements of a word are drawn, those of one t: ones in their halves.

@@ -35,7 +35,7 @@ KERNEL(forward_combine, 0)(ARGUMENT(Params) p) {
     const float2 of_part =
         part < p.parts ? partial.statistics[partial.place(row, part)] : make_float2(MINUS_INFINITY, 0.0f);
     const float m = over_block(of_part.x, [](float x, float y) { return fmaxf(x, y); });
-    const float weight = exponential(of_part.x - (m == MINUS_INFINITY ? 0.0f : m));
+    const float weight = exponential(of_part.x - m);
     weights[part] = weight;
     const float l = over_block(weight * of_part.y, [](float x, float y) { return x + y; });
     float sink = MINUS_INFINITY, lse;
@@ -43,14 +43,38 @@ KERNEL(forward_combine, 0)(ARGUMENT(Params) p) {
     const float scale = finish_row(m, l, sink, lse);
     if (p.lse.data != nullptr && threadIdx.x == 0) statistic_rows(p.lse, batch, q_index, head)[0] = lse;
 
+    // Each warp sums every WARPS-th part, a lane some columns; then the warps' sums are added.
+    constexpr int WARPS = TILE.warps, WIDTH = DV % 2 == 0 ? 2 : 1, GROUPS = ceil_div(DV, 32 * WIDTH);
+    __shared__ float sums[WARPS][DV];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const float* O_parts = partial.O + partial.place(row, 0) * DV;
+    float sum[GROUPS][WIDTH] = {};
+#pragma unroll 8
+    for (int i = warp; i < p.parts; i += WARPS) {
+#pragma unroll
+        for (int group = 0; group < GROUPS; ++group) {
+            const int col = (32 * group + lane) * WIDTH;
+            if (col >= DV) continue;
+            float x[WIDTH];
+            memcpy(x, __builtin_assume_aligned(O_parts + i * DV + col, sizeof x), sizeof x);
+#pragma unroll
+            for (int j = 0; j < WIDTH; ++j) sum[group][j] += weights[i] != 0.0f ? weights[i] * x[j] : 0.0f;
+        }
+    }
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) {
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j) {
+            const int col = (32 * group + lane) * WIDTH + j;
+            if (col < DV) sums[warp][col] = sum[group][j];
+        }
+    }
+    __syncthreads();
     Element* O_gmem = head_rows(p.out, batch, q_index, head);
     for (int col = threadIdx.x; col < DV; col += THREADS) {
-        float sum = 0.0f;
-#pragma unroll 8
-        for (int i = 0; i < p.parts; ++i) {
-            if (weights[i] != 0.0f) sum += weights[i] * O_parts[i * DV + col];
-        }
-        from_float(O_gmem[col], sum * scale);
+        float total = 0.0f;
+#pragma unroll
+        for (int i = 0; i < WARPS; ++i) total += sums[i][col];
+        from_float(O_gmem[col], total * scale);
     }
 }

@@ -20,13 +20,13 @@ constexpr int WARP_ROWS = TILE.rows / (TILE.warps / TILE.split);
 constexpr int M = WARP_ROWS / 16;  // accumulator tiles down
 constexpr int N = TILE.cols / 8;   // and across S
 constexpr int SLICE = padded_dim(DV) / TILE.split;
-constexpr int N_OUT = SLICE / 8;             // and across a slice of O
+constexpr int N_OUT = SLICE / 8;  // and across a slice of O
 // Steps of S in one piece: where heads are wide it is short of keys, and registers suffice for more.
 constexpr int S_UNROLLED = IS_FLOAT32 || D <= 128 ? STEPS_UNROLLED : 16;
 constexpr bool LINEAR = !SPEC.softcap && !SPEC.alibi && !DENSE;
-// Whether where the rows belong is kept over the loop. That takes registers, which ptxas finds for Hopper, where it is
-// faster by up to 2%; before, it is worked out anew (but not packed, where that takes a search).
-constexpr bool REMEMBERS = SPEC.packed || __CUDA_ARCH__ / 100 == 9;
+// Whether where the rows belong is kept over the loop. That takes registers, which ptxas finds for Hopper and 16-bit
+// types, where it is faster by up to 2%; else it is worked out anew (but not packed, where that takes a search).
+constexpr bool REMEMBERS = SPEC.packed || (__CUDA_ARCH__ / 100 == 9 && !IS_FLOAT32);
 static_assert(!SPEC.parts || !(SPEC.packed || SPEC.dropout || DENSE));
 constexpr int Q_BYTES = TILE.rows * row_pitch(D);
 constexpr int KV_BYTES = TILE.stages * TILE.cols * (row_pitch(D) + row_pitch(DV));

@@ -1,6 +1,6 @@
 // The results of parts of the keys, on their way from forward_portable.cu to forward_combine.cu. For every kv head, row
 // of its group (head by head within a query) and part: O [head_dim_v] as it was summed, the point m that its
-// exponentials refer to (times UNIT, -inf without keys), and their sum l.
+// exponentials refer to (times UNIT, LOWEST without keys), and their sum l.
 #pragma once
 #include "params.cuh"
 

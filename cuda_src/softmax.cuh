@@ -34,8 +34,8 @@ __device__ __forceinline__ float row_sum(float l) {
     return l;
 }
 
-// The factor 1 / l of a row of O and its LSE, from the point m its exponentials refer to (times UNIT, -inf for a row
-// without keys) and the row sum l; exp(sink) joins the denominator here.
+// The factor 1 / l of a row of O and its LSE, from the point m its exponentials refer to (times UNIT; -inf or LOWEST
+// for a row without keys) and the row sum l; exp(sink) joins the denominator here.
 __device__ __forceinline__ float finish_row(float m, float l, float sink, float& lse) {
     float rescale = 1.0f;
     if constexpr (SPEC.sinks) {

@@ -54,7 +54,8 @@ constexpr int THREADS = 32 * TILE.warps;
 #define ARGUMENT(Type) const __grid_constant__ Type
 #endif
 constexpr float MINUS_INFINITY = __builtin_bit_cast(float, 0xFF800000u);
-constexpr float LOWEST = __builtin_bit_cast(float, 0xFF7FFFFFu);  // the lowest finite one
+constexpr float LOWEST = __builtin_bit_cast(float, 0xFF7FFFFFu);    // the lowest finite one
+constexpr float SMALLEST = __builtin_bit_cast(float, 0x00800000u);  // above 0, and normal
 
 // x, of which the compiler does not know that it has it already.
 __device__ __forceinline__ unsigned int forgotten(unsigned int x) {

@@ -602,7 +602,7 @@ def _divide(problem: Problem, spec: Spec, tile: Tile, machine: Machine) -> Divis
     visited = _visited_keys(problem)
     tiles = min(-(-problem.kv_len // tile.cols), -(-visited // tile.cols) + 1)
     shared = _SHARED_OF_MULTIPROCESSOR.get(machine.target.path, 233_472)
-    block = tuning.shared_bytes("forward_portable", spec, tile) + 1024  # which the system takes for each
+    block = tuning.shared_bytes("forward_portable", spec, tile) + tuning.RESERVED
     places = machine.multiprocessors * max(1, min(shared // block, _MOST_BLOCKS))
     whole = problem.batch * problem.kv_heads * -(-problem.q_len * problem.group // tile.rows)
     counts = range(1, _most_parts(tiles) + 1)

@@ -9,6 +9,16 @@ from cuflash.cuda.precompile import WAYS, Job, jobs_of, precompile
 from cuflash.cuda.toolchain import Target
 from cuflash.spec import Spec
 
+SPILLS = 224  # bytes stored and loaded, where the tile table says so
+
+
+def allowed_spills(job: Job) -> int:
+    """How many bytes a kernel may spill: none, but where the tile table says why."""
+    name, spec, tile, *_ = job
+    if name in ("backward_hopper", "backward_hopper_dq"):
+        return SPILLS * (spec.softcap or spec.dropout)
+    return SPILLS * (name == "backward_portable" and not spec.lean and tile.stages > 1)
+
 
 def usual_jobs(
     spec: Spec,
