@@ -9,10 +9,12 @@ import functools
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from cuflash.errors import UnsupportedError
 
@@ -223,6 +225,28 @@ def options(target: Target) -> tuple[str, ...]:
     return ("-std=c++20", f"-arch={target.arch}", f"-DCUFLASH_ARCH={instructions}", "--ptxas-options=-v")
 
 
+class FirstAlone:
+    """Calls of which the first has ended before another begins; after it all run side by side."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def __call__(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        if not self._ended:
+            with self._lock:
+                if not self._ended:
+                    try:
+                        return call(*arguments)
+                    finally:
+                        self._ended = True
+        return call(*arguments)
+
+
+# NVRTC loads its builtins at the first compilation. Of two at once one has failed to open them (13.0, now and then).
+_compile = FirstAlone()
+
+
 def compile_cubin(text: str, target: Target, *, name: str) -> CompileResult:
     """Compile one complete source text; `name` stands for it in messages.
 
@@ -236,7 +260,7 @@ def compile_cubin(text: str, target: Target, *, name: str) -> CompileResult:
     program = nvrtc.createProgram(text, name, (), ())
     try:
         try:
-            nvrtc.compileProgram(program, (*options(target), f"-I{tools.headers}"))
+            _compile(nvrtc.compileProgram, program, (*options(target), f"-I{tools.headers}"))
             cubin = nvrtc.getCUBIN(program)
         except nvrtc.NVRTCError as error:
             log = nvrtc.getProgramLog(program).rstrip("\0\n ")

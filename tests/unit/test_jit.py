@@ -452,6 +452,40 @@ def test_threads_compile_a_variant_once_and_load_it_once_a_device(
     assert len({id(function) for _, _, function in answers}) == 4
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_first_compilation_runs_alone_and_the_others_together(fails: bool) -> None:
+    first_alone = toolchain.FirstAlone()
+    running, most, alone, start, meeting = [], [], [], threading.Barrier(8), threading.Barrier(7)
+
+    def call(number: int) -> int:
+        running.append(number)
+        most.append(len(running))
+        if len(most) == 1:
+            time.sleep(0.05)  # long enough for the others to come
+            alone.append(running == [number])
+            running.remove(number)
+            if fails:
+                raise RuntimeError("no")
+        else:
+            meeting.wait(10)  # for all the others
+            running.remove(number)
+        return number
+
+    def ask(number: int) -> int | str:
+        start.wait()
+        try:
+            return first_alone(call, number)
+        except RuntimeError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(8)))
+    assert alone == [True]
+    assert max(most) == 7
+    assert answers.count("no") == fails
+    assert sum(answer == number for number, answer in enumerate(answers)) == 8 - fails
+
+
 def test_a_failure_reaches_every_caller_and_the_next_one_tries_again() -> None:
     once, tries = jit._Once(), []
 
