@@ -294,6 +294,24 @@ def test_every_aligned_head_dim_has_a_hopper_tile_that_fits(options: dict[str, b
         assert not tuning.has_hopper(spec, backward=False)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "path", "shared_limit", "warps", "blocks"),
+    [
+        (192, 800, None, 4, 2),
+        (256, 800, None, 8, 1),
+        (256, 800, tuning.SHARED_MEMORY[900], 4, 2),  # a Hopper GPU that takes the older path
+        (256, 900, None, 4, 2),
+        (256, 860, None, 4, 1),  # no room for eight warps
+    ],
+)
+def test_a_wide_forward_has_eight_warps_on_a_multiprocessor(
+    head_dim: int, path: int, shared_limit: int | None, warps: int, blocks: int
+) -> None:
+    """Two thread blocks of four where its shared memory takes two, else one of eight."""
+    tile = tuning.tile_of("forward_portable", _spec("bfloat16", head_dim), path, 16, shared_limit)
+    assert (tile.warps, tile.blocks) == (warps, blocks)
+
+
 def test_shared_memory_sums() -> None:
     spec = _spec("bfloat16", 128)
     tile = tuning.tile_of("forward_portable", spec, 800, 16)
@@ -302,7 +320,8 @@ def test_shared_memory_sums() -> None:
     for lean in (True, False):
         spec = _spec("bfloat16", 128, lean=lean)
         tile = tuning.tile_of("backward_portable", spec, 800, 16)
-        expected = 2 * row * tile.cols + tile.stages * (2 * row + 8) * tile.rows
+        tiles = 2 * tile.stages if lean else tile.stages + 1  # of Q and LSE, and of dO and D
+        expected = 2 * row * tile.cols + tiles * (row + 4) * tile.rows
         if not lean:  # P and dS
             assert tile.split > 1
             expected += 2 * tile.cols * (2 * tile.rows + 16)
