@@ -186,7 +186,8 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
 #pragma unroll
             for (int i = 0; i < M; ++i) dropout.draw(kept[i], q_first + warp_row + 16 * i, kv_first);
         }
-        constexpr int STEP = 2;  // accumulator tiles, 16 keys
+        float of_tile[M][2] = {};  // its row sums, apart for float32: the fewer numbers a sum has, the less it rounds
+        constexpr int STEP = 2;    // accumulator tiles, 16 keys
 #pragma unroll
         for (int n = 0; n < N; n += STEP) {
             AccumulatorOperand<STEP> P[M];
@@ -199,13 +200,20 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                     for (int r = 0; r < 4; ++r) {
                         float& x = p_of_step[j][r];
                         x = exponential(fmaf(S[i][n + j][r], unit, -m[i][r / 2]));
-                        l[i][r / 2] += x;
+                        (IS_FLOAT32 ? of_tile : l)[i][r / 2] += x;
                         if constexpr (SPEC.dropout) x *= dropout.factor(kept[i], n + j, r);
                     }
                 }
                 P[i].set(p_of_step);
             }
             multiply_nn<DV>(O, P, V_smem + 8 * n * row_pitch(DV) + first_col * ELEMENT_BYTES);
+        }
+        if constexpr (IS_FLOAT32) {
+#pragma unroll
+            for (int i = 0; i < M; ++i) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) l[i][half] += of_tile[i][half];
+            }
         }
     }
     copy_async_commit();
