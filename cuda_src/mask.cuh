@@ -41,19 +41,25 @@ struct Band {
         return tiles_of(start, stop, q_len, TILE.rows);
     }
 
-    // Whether some pair of a tile [rows, cols] at (q_first, kv_first) is masked or lies outside the sequence.
-    __device__ __forceinline__ bool cuts(int q_first, int rows, int kv_first, int cols) const {
-        const int q_last = q_first + rows - 1, kv_last = kv_first + cols - 1;
-        bool cut = kv_last >= kv_len || q_last >= q_len;
+    // Whether some pair of the queries [q_first, q_last] and the keys [kv_first, kv_last] is masked, or a key lies
+    // outside the sequence.
+    __device__ __forceinline__ bool cuts_keys(int q_first, int q_last, int kv_first, int kv_last) const {
+        bool cut = kv_last >= kv_len;
         if constexpr (SPEC.bounded_left) cut |= kv_first < q_last + offset - left;
         if constexpr (SPEC.bounded_right) cut |= kv_last > q_first + offset + right;
         return cut;
     }
 
-    // The same for queries [q_first, q_last] of the sequence. (Without `cuts` in terms of this: ptxas spills in the
-    // Hopper backward if it is.)
-    __device__ __forceinline__ bool cuts_keys(int q_first, int q_last, int kv_first, int kv_last) const {
-        bool cut = kv_last >= kv_len;
+    // Whether some pair of a tile [rows, cols] at (q_first, kv_first) is masked or lies outside the sequence.
+    __device__ __forceinline__ bool cuts(int q_first, int rows, int kv_first, int cols) const {
+        const int q_last = q_first + rows - 1;
+        return q_last >= q_len || cuts_keys(q_first, q_last, kv_first, kv_first + cols - 1);
+    }
+
+    // The same for the Hopper kernels, in whose backward ptxas spills if it asks in the order above.
+    __device__ __forceinline__ bool cuts_tile(int q_first, int rows, int kv_first, int cols) const {
+        const int q_last = q_first + rows - 1, kv_last = kv_first + cols - 1;
+        bool cut = kv_last >= kv_len || q_last >= q_len;
         if constexpr (SPEC.bounded_left) cut |= kv_first < q_last + offset - left;
         if constexpr (SPEC.bounded_right) cut |= kv_last > q_first + offset + right;
         return cut;
