@@ -73,8 +73,9 @@ _PORTABLE = {
     },
 }
 # Tiles of backward_portable where it sums dQ too: multiples of 64 rows. A warp keeps its keys' slices of dK and dV,
-# and 32 rows of dQ for one product. With two stages Q comes a step early, and ptxas spills up to 100 bytes, of what is
-# needed before and after the steps and one to three words of what a step reads once: by 1 to 5% faster all the same.
+# and 32 rows of dQ for one product. With two stages Q comes a step early, and ptxas spills up to 64 bytes, stored and
+# loaded (for sm_100 up to 204), of what is needed before and after the steps and one to three words of what a step
+# reads once: by 1 to 5% faster all the same.
 _SUMS_DQ = {
     64: ((128, 128, 2, 8, 2, 1), (64, 64, 1, 4, 1, 1)),
     128: ((64, 128, 2, 8, 2, 1), (64, 64, 1, 8, 2, 1)),
