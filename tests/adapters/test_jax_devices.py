@@ -31,11 +31,15 @@ from cuflash.adapters.jax._call import described  # noqa: E402
 BATCH, Q_LEN, KV_LEN, HEADS, DIM = 4, 24, 32, 4, 16
 
 MakeMesh = Callable[..., Any]
+PLATFORMS = ["cpu", *(pytest.param("cuda", id=f"cuda-{name}", marks=marks) for name, marks in ON_GPU.items())]
 
 
-@pytest.fixture(
-    params=["cpu", *(pytest.param("cuda", id=f"cuda-{name}", marks=marks) for name, marks in ON_GPU.items())]
-)
+def on_meshes(*shapes: tuple[int, int]) -> pytest.MarkDecorator:
+    """Runs a test on meshes (data, model) of these shapes: of two devices too, as more machines have them."""
+    return pytest.mark.parametrize("mesh_shape", shapes, ids=lambda shape: "{}x{}".format(*shape))
+
+
+@pytest.fixture(params=PLATFORMS)
 def make_mesh(request: pytest.FixtureRequest) -> MakeMesh:
     def make(data: int, model: int, kind: AxisType = AxisType.Auto) -> Any:
         devices = jax.devices(request.param)
@@ -98,17 +102,28 @@ def local_shapes(compiled: Any, target: str) -> list[tuple[int, ...]]:
 # the mesh (data, model), kv_heads, and the shape of q that a device works on
 SPREAD = {
     "batch": ((4, 1), 2, (1, Q_LEN, HEADS, DIM)),
+    "batch over two": ((2, 1), 2, (2, Q_LEN, HEADS, DIM)),
     "heads": ((1, 2), 2, (BATCH, Q_LEN, 2, DIM)),
     "batch and heads": ((2, 2), 2, (2, Q_LEN, 2, DIM)),
     "heads, as many of keys": ((2, 2), 4, (2, Q_LEN, 2, DIM)),
     "heads, one of keys": ((1, 4), 1, (BATCH, Q_LEN, 1, DIM)),
     "heads, two devices for one of keys": ((1, 4), 2, (BATCH, Q_LEN, 1, DIM)),
+    "heads over two, one of keys": ((1, 2), 1, (BATCH, Q_LEN, 2, DIM)),
 }
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("shape", [(BATCH, HEADS, Q_LEN, KV_LEN), (1, HEADS, 1, KV_LEN), (BATCH, 1, Q_LEN, 1), ()])
-@pytest.mark.parametrize("case", ["batch", "batch and heads", "heads, two devices for one of keys"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "batch",
+        "batch over two",
+        "batch and heads",
+        "heads, two devices for one of keys",
+        "heads over two, one of keys",
+    ],
+)
 def test_jit_partitions_with_a_bias(make_mesh: MakeMesh, case: str, shape: tuple[int, ...], kind: AxisType):
     mesh_shape, kv_heads, local = SPREAD[case]
     mesh = make_mesh(*mesh_shape, kind)
@@ -149,17 +164,21 @@ def test_jit_partitions_batch_and_heads(make_mesh: MakeMesh, case: str, kind: Ax
     assert_gradients(gradients, expected_gradients(arrays, causal=True))
 
 
-def test_a_sharded_length_is_gathered(make_mesh: MakeMesh):
+@on_meshes((2, 2), (2, 1))
+def test_a_sharded_length_is_gathered(make_mesh: MakeMesh, mesh_shape: tuple[int, int]):
     """Heads stay spread; the keys, spread over their length, come to every device first."""
-    mesh = make_mesh(2, 2)
+    mesh = make_mesh(*mesh_shape)
     arrays = attention_arrays()
     specs = {"q": P(None, None, "model"), "k": P(None, "data"), "v": P(None, "data"), "sinks": P()}
     given = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in arrays.items()}
-    assert_gradients(jax.jit(jax.grad(loss))(given), expected_gradients(arrays))
+    step = jax.jit(jax.grad(loss)).lower(given).compile()
+    assert local_shapes(step, "cuflash_backward") == [(BATCH, Q_LEN, HEADS // mesh_shape[1], DIM)]
+    assert_gradients(step(given), expected_gradients(arrays))
 
 
-def test_dropout_is_the_same_however_it_is_sharded(make_mesh: MakeMesh):
-    mesh = make_mesh(2, 2)
+@on_meshes((2, 2), (2, 1))
+def test_dropout_is_the_same_however_it_is_sharded(make_mesh: MakeMesh, mesh_shape: tuple[int, int]):
+    mesh = make_mesh(*mesh_shape)
     arrays = attention_arrays()
     given = {
         name: jax.device_put(x, NamedSharding(mesh, P("data") if x.ndim == 4 else P())) for name, x in arrays.items()
@@ -185,12 +204,24 @@ def test_packed_sequences_over_heads(make_mesh: MakeMesh):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize(
-    "spec", [P("data"), P(None, "data"), P(None, None, None, "model"), P("data", None, None, "model")], ids=str
+    ("mesh_shape", "spec"),
+    [
+        ((2, 2), P("data")),
+        ((2, 2), P(None, "data")),
+        ((2, 2), P(None, None, None, "model")),
+        ((2, 2), P("data", None, None, "model")),
+        ((2, 1), P("data")),
+        ((2, 1), P(None, "data")),
+        ((1, 2), P(None, None, None, "model")),
+    ],
+    ids=str,
 )
-def test_vmap_over_sharded_arrays(make_mesh: MakeMesh, spec: P, sinks: bool, kind: AxisType):
-    mesh = make_mesh(2, 2, kind)
+def test_vmap_over_sharded_arrays(
+    make_mesh: MakeMesh, mesh_shape: tuple[int, int], spec: P, sinks: bool, kind: AxisType
+):
+    mesh = make_mesh(*mesh_shape, kind)
     arrays = {name: x for name, x in attention_arrays().items() if sinks or name != "sinks"}
-    examples = {name: np.stack([x, 2 * x]) for name, x in arrays.items()}
+    examples = {name: np.stack([x, draw(*x.shape, seed=seed)]) for seed, (name, x) in enumerate(arrays.items(), 3)}
     specs = {name: spec if name != "sinks" else P(spec[0]) for name in examples}
     given = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in examples.items()}
     with jax.set_mesh(mesh):
@@ -214,8 +245,9 @@ def test_a_gpu_gets_its_workspace_from_xla(monkeypatch: pytest.MonkeyPatch, chec
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map_over_batch_and_heads(make_mesh: MakeMesh, check_vma: bool):
-    mesh = make_mesh(2, 2)
+@on_meshes((2, 2), (2, 1), (1, 2))
+def test_shard_map_over_batch_and_heads(make_mesh: MakeMesh, mesh_shape: tuple[int, int], check_vma: bool):
+    mesh = make_mesh(*mesh_shape)
     arrays = attention_arrays()
     rows = P("data", None, "model")
     specs = ({"q": rows, "k": rows, "v": rows, "sinks": P("model")},)
@@ -228,20 +260,23 @@ def test_shard_map_over_batch_and_heads(make_mesh: MakeMesh, check_vma: bool):
     assert_gradients(jax.jit(jax.grad(total))(given), expected_gradients(arrays, causal=True))
 
 
-def test_shard_map_with_replicated_keys(make_mesh: MakeMesh):
+@on_meshes((4, 1), (2, 1))
+def test_shard_map_with_replicated_keys(make_mesh: MakeMesh, mesh_shape: tuple[int, int]):
     """An array that every device holds whole gets the sum of the devices' gradients."""
-    mesh = make_mesh(4, 1)
+    mesh = make_mesh(*mesh_shape)
+    devices = mesh_shape[0]
+    own = BATCH // devices  # examples of a device
     arrays = attention_arrays()
-    arrays |= {"k": np.repeat(arrays["k"][:1], BATCH, 0), "v": np.repeat(arrays["v"][:1], BATCH, 0)}
+    arrays |= {name: np.tile(arrays[name][:own], (devices, 1, 1, 1)) for name in ("k", "v")}
     specs = ({"q": P("data"), "k": P(), "v": P(), "sinks": P()},)
 
     @partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P())
     def total(given: dict[str, Any]) -> Any:
         return jax.lax.psum(loss(given), "data")
 
-    shared = {name: jnp.asarray(x[:1] if name in ("k", "v") else x) for name, x in arrays.items()}
+    shared = {name: jnp.asarray(x[:own] if name in ("k", "v") else x) for name, x in arrays.items()}
     expected = expected_gradients(arrays)
-    expected |= {name: expected[name].sum(axis=0, keepdims=True) for name in ("k", "v")}
+    expected |= {name: expected[name].reshape(devices, own, KV_LEN, 2, DIM).sum(axis=0) for name in ("k", "v")}
     assert_gradients(jax.jit(jax.grad(total))(shared), expected)
 
 
@@ -289,7 +324,8 @@ from jax.sharding import PartitionSpec as P
 
 rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.config.update("jax_num_cpu_devices", 1)
-jax.distributed.initialize(f"localhost:{port}", 2, rank)
+jax.distributed.initialize(f"localhost:{port}", 2, rank, local_device_ids=[rank])  # of the machine's GPUs
+assert jax.local_device_count() == 1
 mesh = jax.make_mesh((2,), ("data",))
 
 
@@ -305,22 +341,29 @@ np.savez(f"{folder}/{rank}.npz", **{name: part.data for name, part in parts.item
 """
 
 
-def test_one_process_a_device(tmp_path: Path):
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_one_process_a_device(platform: str, tmp_path: Path):
     """Two processes of one device each: each has the gradients of its examples, and the sum of those of the sinks."""
+    if len(jax.devices(platform)) < 2:
+        pytest.skip("2 devices are needed, 1 is here")
     arrays = attention_arrays()
     np.savez(tmp_path / "arrays.npz", **arrays)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-c", PROCESS]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": platform}
     processes = [
         subprocess.Popen([*command, str(rank), str(port), str(tmp_path)], env=environment, stderr=subprocess.PIPE)
         for rank in range(2)
     ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors.decode()
+    finally:
+        for process in processes:
+            process.kill()
     out = cuflash.flash_attention(**arrays, causal=True)
     expected = on_numpy(arrays, 2 * out, None, causal=True)
     for rank in range(2):
