@@ -150,7 +150,7 @@ __device__ __forceinline__ void differentiate_keys(const Params& p, const Layout
                               smem.statistics + ring.stage * STATISTIC_BYTES};
             const int q_first = steps.tile * R;
             const Scores scores(p, sequence.index, steps.head, band.offset);
-            const bool cut = band.cuts_tile(q_first, R, kv_first, 64);
+            const bool cut = band.cuts(q_first, R, kv_first, 64);
 
             // S^T and dP^T  [64, rows]
             float S[N][4], dP[N][4];

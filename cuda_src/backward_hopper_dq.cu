@@ -172,7 +172,7 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Lay
             V_ring.advance();
 
             // dS  [64, cols]
-            const bool cut = band.cuts_tile(q_first, 64, kv_first, TILE.cols);
+            const bool cut = band.cuts(q_first, 64, kv_first, TILE.cols);
             const float distance = scores.distance(q_first + warp_row + lane / 4, kv_first + lane % 4 * 2);
             if constexpr (SPEC.softcap) tanh_of_tile<false>(S, scores.factor, scores.cap);
 #pragma unroll

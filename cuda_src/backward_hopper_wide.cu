@@ -84,7 +84,7 @@ __device__ __forceinline__ void differentiate_values(const Params& p, const Layo
             wgmma_wait<0>();
             pin(S);
             unsigned int none[N][2];  // of softcap
-            elementwise.probabilities(S, none, scores, stage, q_first, band.cuts_tile(q_first, R, kv_first, TILE.cols));
+            elementwise.probabilities(S, none, scores, stage, q_first, band.cuts(q_first, R, kv_first, TILE.cols));
             unsigned int P[N / 2][4];
             pack_all(P, S);
 

@@ -699,7 +699,7 @@ __device__ __forceinline__ void attend(const Params& p, const TensorMap& O_map, 
             dropout.drop(P, counters, kv_first());
         }
     };
-    auto is_cut = [&] { return band.cuts_tile(task.q_first + warpgroup * 64, 64, kv_first(), TILE.cols); };
+    auto is_cut = [&] { return band.cuts(task.q_first + warpgroup * 64, 64, kv_first(), TILE.cols); };
     auto finish = [&] {
         finish_scores(S, scores, band, is_cut(), task.q_first + warp_row, kv_first());
         if constexpr (SPEC.alibi) {

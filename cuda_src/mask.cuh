@@ -50,14 +50,9 @@ struct Band {
         return cut;
     }
 
-    // Whether some pair of a tile [rows, cols] at (q_first, kv_first) is masked or lies outside the sequence.
+    // Whether some pair of a tile [rows, cols] at (q_first, kv_first) is masked or lies outside the sequence. (Not by
+    // cuts_keys: with NVRTC 13.5 ptxas then spills in the Hopper backward.)
     __device__ __forceinline__ bool cuts(int q_first, int rows, int kv_first, int cols) const {
-        const int q_last = q_first + rows - 1;
-        return q_last >= q_len || cuts_keys(q_first, q_last, kv_first, kv_first + cols - 1);
-    }
-
-    // The same for the Hopper kernels, in whose backward ptxas spills if it asks in the order above.
-    __device__ __forceinline__ bool cuts_tile(int q_first, int rows, int kv_first, int cols) const {
         const int q_last = q_first + rows - 1, kv_last = kv_first + cols - 1;
         bool cut = kv_last >= kv_len || q_last >= q_len;
         if constexpr (SPEC.bounded_left) cut |= kv_first < q_last + offset - left;
