@@ -10,6 +10,7 @@
 #include "copy.cuh"
 #include "dense.cuh"
 #include "query_sum.cuh"
+#include "split.cuh"
 
 constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
 constexpr int WARP_ROWS = TILE.cols / (TILE.warps / TILE.split);  // keys
@@ -83,7 +84,7 @@ __device__ __forceinline__ void store_scores(unsigned int smem, const Accumulato
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 store_shared_word(lane_smem + (16 * i + 8 * half) * SCORE_PITCH + 16 * n,
-                                  X[i].raw[n / 2][n % 2 * 2 + half]);
+                                  X[i].steps[n / 2].hi[n % 2 * 2 + half]);
             }
         }
     }
@@ -107,7 +108,7 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     const int steps = (tiles.last - tiles.first) * p.group;
 
     const Step first{work.head * p.group, tiles.first};
-    Step in_turn = first;  // what is at work, where that is not the step before the next dO
+    Step in_turn = first;  // what is at work; where dQ is summed, the step before the next dO says it
     StepStream<D> Q(p.q, sequence, first);
     StepStream<DV> dO(p.dout, sequence, first);
     const auto Q_place = [](int step) { return step % TILE.stages * Q_STAGE; };
@@ -146,9 +147,19 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     } else {
         for (int stage = 0; stage < (SUMS_DQ ? 1 : TILE.stages - 1); ++stage) load_step(stage);
     }
+    if constexpr (IS_FLOAT32) {
+        copy_async_commit();
+        copy_async_wait<0>();
+        __syncthreads();
+        split_rows<TILE.cols, D>(K_smem);
+        split_rows<TILE.cols, DV>(V_smem);
+    }
     for (int step = 0; step < steps; ++step) {
         if constexpr (!SUMS_DQ) {
-            advance_ring(step, load_step);
+            advance_ring(step, load_step, [&] {
+                split_rows<TILE.rows, D>(stages_smem + Q_place(step));
+                split_rows<TILE.rows, DV>(stages_smem + dO_place(step));
+            });
         } else if constexpr (!EARLY_Q) {
             copy_async_wait<0>();
             __syncthreads();
@@ -170,6 +181,15 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
         const bool cut = band.cuts(q_first, TILE.rows, kv_first, TILE.cols);
         const auto kv_of = [&](int i, int r) { return kv_first + warp_row + 16 * i + lane / 4 + r / 2 * 8; };
         const auto column = [&](int n, int r) { return own + 8 * n + lane % 4 * 2 + r % 2; };
+        // dV += P^T dO  [keys, head_dim_v] and dK += dS^T Q  [keys, head_dim], of this warp's queries
+        const unsigned int dO_slice = dO_smem + slice * SLICE_DV * OPERAND_BYTES;
+        const unsigned int Q_slice = Q_smem + slice * SLICE_D * OPERAND_BYTES;
+        const auto add_dV = [&](const RowUnits<M>& units) {
+            multiply_nn<DV>(dV, P, dO_slice + own * row_pitch(DV), units);
+        };
+        const auto add_dK = [&](const RowUnits<M>& units) {
+            multiply_nn<D>(dK, dS, Q_slice + own * row_pitch(D), units);
+        };
         if constexpr (SUMS_DQ) {  // P^T, packed, before dP^T: there are registers for one of S^T and dP^T
             float S[M][N][4] = {};
             multiply_nt<D, 8>(S, K_warp, Q_own);
@@ -219,6 +239,8 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
             float S[M][N][4] = {}, dP[M][N][4] = {};
             multiply_nt<D>(S, K_warp, Q_own);
             multiply_nt<DV>(dP, V_warp, dO_own);
+            apply_units<D>(S, K_warp, Q_own);
+            apply_units<DV>(dP, V_warp, dO_own);
             const Dropout dropout(p, sequence.index, head);
             const float distance = scores.distance(q_first + column(0, 0), kv_of(0, 0));
             auto differentiate_all = [&](bool masked) {
@@ -244,22 +266,20 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
             } else {  // most tiles need no mask: around the loops, as in them it would be computed
                 differentiate_all(false);
             }
-#pragma unroll
-            for (int i = 0; i < M; ++i) {
-                P[i].set(S[i]);
-                dS[i].set(dP[i]);
-            }
+            RowUnits<M> units;
+            apply_column_units<DV>(S, dO_own);  // which products with rows of dO and Q want
+            set_operand(P, units, S);
+            add_dV(units);
+            apply_column_units<D>(dP, Q_own);
+            set_operand(dS, units, dP);
+            add_dK(units);
         }
-        const unsigned int own_scores = warp_row * SCORE_PITCH + own * ELEMENT_BYTES;
-        if constexpr (SUMS_DQ) store_scores(dS_smem + own_scores, dS);
-        if constexpr (EXCHANGES) store_scores(P_smem + own_scores, P);
-
-        // dV += P^T dO  [keys, head_dim_v]    dK += dS^T Q  [keys, head_dim]
-        const unsigned int dO_slice = dO_smem + slice * SLICE_DV * ELEMENT_BYTES;
-        const unsigned int Q_slice = Q_smem + slice * SLICE_D * ELEMENT_BYTES;
-        multiply_nn<DV>(dV, P, dO_slice + own * row_pitch(DV));
-        multiply_nn<D>(dK, dS, Q_slice + own * row_pitch(D));
         if constexpr (SUMS_DQ) {
+            const unsigned int own_scores = warp_row * SCORE_PITCH + own * ELEMENT_BYTES;
+            store_scores(dS_smem + own_scores, dS);
+            if constexpr (EXCHANGES) store_scores(P_smem + own_scores, P);
+            add_dV(RowUnits<M>());
+            add_dK(RowUnits<M>());
             if constexpr (EARLY_Q) copy_async_wait<0>();
             __syncthreads();  // P^T and dS^T are there, and the next Q
 #pragma unroll

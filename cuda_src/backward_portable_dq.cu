@@ -7,6 +7,7 @@
 #include "copy.cuh"
 #include "dense.cuh"
 #include "key_value.cuh"
+#include "split.cuh"
 
 constexpr int D = SPEC.head_dim, DV = SPEC.head_dim_v;
 constexpr int WARP_ROWS = TILE.rows / (TILE.warps / TILE.split);
@@ -31,8 +32,7 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Wor
     const Band band(p, sequence);
     const TileRange tiles = band.kv_tiles(q_first, q_first + q_rows - 1);
 
-    KeyValueTiles<D, DV> kv(p, sequence, kv_head, tiles.first, KV_smem);
-    auto load_kv = [&](int tile) { kv.load(p, tile, tiles.last); };
+    KeyValueTiles<D, DV, true> kv(p, sequence, kv_head, tiles.first, KV_smem);
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int warp_row = warp / TILE.split * WARP_ROWS, first_col = warp % TILE.split * SLICE;
@@ -54,18 +54,29 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Wor
 
     load_tile<TILE.rows, D>(Q_smem, head_rows(p.q, sequence.batch, q_row, head), p.q.row_stride, q_rows);
     load_tile<TILE.rows, DV>(dO_smem, head_rows(p.dout, sequence.batch, q_row, head), p.dout.row_stride, q_rows);
-    for (int stage = 0; stage < TILE.stages - 1; ++stage) load_kv(tiles.first + stage);
+    kv.begin(p, tiles);
+    if constexpr (IS_FLOAT32) {
+        copy_async_commit();
+        copy_async_wait<0>();
+        __syncthreads();
+        split_rows<TILE.rows, D>(Q_smem);
+        split_rows<TILE.rows, DV>(dO_smem);
+    }
     for (int tile = tiles.first; tile < tiles.last; ++tile) {
-        advance_ring(tile, load_kv);
+        kv.take_first(p, tiles, tile);
         const unsigned int K_smem = kv.K_smem(tile), V_smem = kv.V_smem(tile);
         const int kv_first = tile * TILE.cols;
 
         if constexpr (DENSE) dense.load(p, sequence.batch, head, q_first, kv_first);
 
-        // S = Q K^T and dP = dO V^T  [rows, cols]
-        float S[M][N][4] = {}, dP[M][N][4] = {};
-        multiply_nt<D>(S, Q_smem + warp_row * row_pitch(D), K_smem);
-        multiply_nt<DV>(dP, dO_smem + warp_row * row_pitch(DV), V_smem);
+        // dP = dO V^T and S = Q K^T  [rows, cols]
+        float dP[M][N][4] = {}, S[M][N][4] = {};
+        const unsigned int Q_warp = Q_smem + warp_row * row_pitch(D), dO_warp = dO_smem + warp_row * row_pitch(DV);
+        multiply_nt<DV>(dP, dO_warp, V_smem);
+        apply_units<DV>(dP, dO_warp, V_smem);
+        kv.take_second(p, tiles, tile);
+        multiply_nt<D>(S, Q_warp, K_smem);
+        apply_units<D>(S, Q_warp, K_smem);
 
         // dS times d S / d (scale q.k) (in dP), and with a bias dS (in its tile)
         const float distance = scores.distance(q_first + warp_row + lane / 4, kv_first + lane % 4 * 2);
@@ -107,9 +118,10 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Wor
 
         // dQ += dS K  [rows, head_dim]
         AccumulatorOperand<N> dS[M];
-#pragma unroll
-        for (int i = 0; i < M; ++i) dS[i].set(dP[i]);
-        multiply_nn<D>(dQ, dS, K_smem + first_col * ELEMENT_BYTES);
+        apply_column_units<D>(dP, K_smem);  // which the product with rows of K wants
+        RowUnits<M> dS_units;
+        set_operand(dS, dS_units, dP);
+        multiply_nn<D>(dQ, dS, K_smem + first_col * OPERAND_BYTES, dS_units);
     }
     copy_async_commit();
     copy_async_wait<0>();

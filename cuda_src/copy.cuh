@@ -81,7 +81,7 @@ __device__ __forceinline__ void load_rows(unsigned int X_smem, RowOf row_of, int
     }
 }
 
-// The same of rows that are row_stride apart.
+// The same of rows that are row_stride apart. (Not by a RowStream: predicates here would take registers from loops.)
 template <int ROWS, int DIM>
 __device__ __forceinline__ void load_tile(unsigned int X_smem, const Element* X_gmem, long long row_stride, int rows) {
     constexpr int CHUNKS = padded_dim(DIM) / CHUNK;
@@ -152,15 +152,18 @@ __device__ __forceinline__ void load_statistic(unsigned int x_smem, const float*
 
 // One step of a ring of TILE.stages buffers: waits until tile `i` is there for everyone, and everyone is done with the
 // buffer of the tile before; `load(j)` then fills the next one. The first TILE.stages - 1 tiles are loaded before.
-template <typename Load>
-__device__ __forceinline__ void advance_ring(int i, Load load) {
+// `arrived` is called when this thread's copies of the tile are there, and before everyone waits for everyone.
+template <typename Load, typename Arrived>
+__device__ __forceinline__ void advance_ring(int i, Load load, Arrived arrived) {
     if constexpr (TILE.stages == 1) {
         __syncthreads();
         load(i);
         copy_async_wait<0>();
+        arrived();
         __syncthreads();
     } else {
         copy_async_wait<TILE.stages - 2>();
+        arrived();
         __syncthreads();
         load(i + TILE.stages - 1);
     }

@@ -22,8 +22,9 @@ struct ElementOf<Dtype::float32> {
 using Element = ElementOf<SPEC.dtype>::Type;
 
 constexpr int ELEMENT_BYTES = sizeof(Element);
-constexpr int CHUNK = 16 / ELEMENT_BYTES;   // elements in 16 bytes
-constexpr int K_STEP = 32 / ELEMENT_BYTES;  // contraction length of one step: 16 for 16-bit types, 8 for TF32
+constexpr int CHUNK = 16 / ELEMENT_BYTES;  // elements in 16 bytes
+constexpr int OPERAND_BYTES = 2;           // of an element, or a term of it, as tensor cores take it
+constexpr int K_STEP = 16;                 // contraction length of one of their steps
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
@@ -61,6 +62,12 @@ __device__ __forceinline__ float2 unpack_half(unsigned int packed) {
     __half2 pair;
     memcpy(&pair, &packed, 4);
     return __half22float2(pair);
+}
+
+// What pack_half rounded off, packed.
+__device__ __forceinline__ unsigned int pack_rest(float low, float high, unsigned int packed) {
+    const float2 rounded = unpack_half(packed);
+    return pack_half(low - rounded.x, high - rounded.y);
 }
 
 // A scalar option array that is float32 or has the dtype of q.

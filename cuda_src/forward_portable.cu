@@ -22,7 +22,9 @@ constexpr int N = TILE.cols / 8;   // and across S
 constexpr int SLICE = padded_dim(DV) / TILE.split;
 constexpr int N_OUT = SLICE / 8;  // and across a slice of O
 // Steps of S in one piece: where heads are wide it is short of keys, and registers suffice for more.
-constexpr int S_UNROLLED = IS_FLOAT32 || D <= 128 ? STEPS_UNROLLED : 16;
+constexpr int S_UNROLLED = IS_FLOAT32 ? 2 : D <= 128 ? STEPS_UNROLLED : 16;
+// The logarithm of the largest P: of float32 terms far above the smallest float16. It goes into m, and cancels.
+constexpr float PEAK = IS_FLOAT32 ? 8.0f : 0.0f;
 constexpr bool LINEAR = !SPEC.softcap && !SPEC.alibi && !DENSE;
 // Whether where the rows belong is kept over the loop. That takes registers, which ptxas finds for Hopper and 16-bit
 // types, where it is faster by up to 2%; else it is worked out anew (but not packed, where that takes a search).
@@ -78,7 +80,7 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     const bool by_factor = LINEAR && !(scores.factor > 0.0f);
     const float unit = LINEAR && !by_factor ? scores.factor : 1.0f;
     float O[M][N_OUT][4] = {};  // [rows, head_dim_v]
-    float m[M][2];              // running row maximum of S (times UNIT)
+    float m[M][2];              // running row maximum of S (times UNIT), less PEAK
     float l[M][2] = {};         // and row sum of e^(S - m), this lane's columns
 #pragma unroll
     for (int i = 0; i < M; ++i) m[i][0] = m[i][1] = LOWEST;
@@ -94,8 +96,13 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
         load_tile<TILE.rows, D>(Q_smem, Q_gmem, p.q.row_stride, rows);
     }
     kv.begin(p, tiles);
+    if constexpr (IS_FLOAT32) {
+        copy_async_wait<0>();
+        __syncthreads();
+        split_rows<TILE.rows, D>(Q_smem);
+    }
     for (int tile = tiles.first; tile < tiles.last; ++tile) {
-        kv.take_K(p, tiles, tile);
+        kv.take_first(p, tiles, tile);
         const unsigned int K_smem = kv.K_smem(tile), V_smem = kv.V_smem(tile);
         const int kv_first = tile * TILE.cols;
 
@@ -103,8 +110,10 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
 
         // S = Q K^T  [rows, cols]
         float S[M][N][4] = {};
-        multiply_nt<D, S_UNROLLED>(S, Q_smem + warp_row * row_pitch(D), K_smem);
-        kv.take_V(p, tiles, tile);
+        const unsigned int Q_warp = Q_smem + warp_row * row_pitch(D);
+        multiply_nt<D, S_UNROLLED>(S, Q_warp, K_smem);
+        apply_units<D>(S, Q_warp, K_smem);
+        kv.take_second(p, tiles, tile);
 
         // Softcap, ALiBi and bias, from where on S is times UNIT.
         if (!LINEAR || by_factor) {
@@ -161,7 +170,7 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                     largest[0] = fmaxf(largest[0], S[i][n][2 * half]);
                     largest[1] = fmaxf(largest[1], S[i][n][2 * half + 1]);
                 }
-                const float m_new = fmaxf(m[i][half], row_maximum(fmaxf(largest[0], largest[1])) * unit);
+                const float m_new = fmaxf(m[i][half], row_maximum(fmaxf(largest[0], largest[1])) * unit - PEAK);
                 rescale[i][half] = exponential(m[i][half] - m_new);
                 m[i][half] = m_new;
                 l[i][half] *= rescale[i][half];
@@ -186,11 +195,25 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
 #pragma unroll
             for (int i = 0; i < M; ++i) dropout.draw(kept[i], q_first + warp_row + 16 * i, kv_first);
         }
+        const float V_unit = IS_FLOAT32 ? largest_unit<TILE.cols, DV>(V_smem) : 1.0f;
+        const float per_unit = inverse_power(V_unit);
         float of_tile[M][2] = {};  // its row sums, apart for float32: the fewer numbers a sum has, the less it rounds
         constexpr int STEP = 2;    // accumulator tiles, 16 keys
 #pragma unroll
         for (int n = 0; n < N; n += STEP) {
             AccumulatorOperand<STEP> P[M];
+            // The units of V's rows, in that of the largest, which P takes over: where they differ by more than 2^14 in
+            // a tile, queries that attend to the small ones alone lose bits of them.
+            float unit_of[STEP][2];
+            if constexpr (IS_FLOAT32) {
+#pragma unroll
+                for (int j = 0; j < STEP; ++j) {
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        unit_of[j][r] = unit_of_row<DV>(V_smem, 8 * (n + j) + lane % 4 * 2 + r) * per_unit;
+                    }
+                }
+            }
 #pragma unroll
             for (int i = 0; i < M; ++i) {
                 float p_of_step[STEP][4];
@@ -201,12 +224,13 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                         float& x = p_of_step[j][r];
                         x = exponential(fmaf(S[i][n + j][r], unit, -m[i][r / 2]));
                         (IS_FLOAT32 ? of_tile : l)[i][r / 2] += x;
-                        if constexpr (SPEC.dropout) x *= dropout.factor(kept[i], n + j, r);
+                        if constexpr (SPEC.dropout) x = kept[i].element(n + j, r) ? x : 0.0f;
+                        if constexpr (IS_FLOAT32) x *= unit_of[j][r % 2];
                     }
                 }
                 P[i].set(p_of_step);
             }
-            multiply_nn<DV>(O, P, V_smem + 8 * n * row_pitch(DV) + first_col * ELEMENT_BYTES);
+            multiply_nn<DV>(O, P, V_smem + 8 * n * row_pitch(DV) + first_col * OPERAND_BYTES, RowUnits<M>(V_unit));
         }
         if constexpr (IS_FLOAT32) {
 #pragma unroll
@@ -253,6 +277,7 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
         for (int half = 0; half < 2; ++half) {
             float lse;
             scale[half] = finish_row(m[i][half], row_sum(l[i][half]), sink, lse);
+            if constexpr (SPEC.dropout) scale[half] *= dropout.scale;
             const int row = warp_row + 16 * i + lane / 4 + 8 * half;
             if (p.lse.data != nullptr && lane % 4 == 0 && first_col == 0 && row < end_rows) lse_gmem[row] = lse;
         }

@@ -2,8 +2,10 @@
 #pragma once
 #include "copy.cuh"
 #include "schedule.cuh"
+#include "split.cuh"
 
-template <int D, int DV>
+// V_FIRST: that one is needed first, and K longest.
+template <int D, int DV, bool V_FIRST = false>
 struct KeyValueTiles {
     static constexpr int K_BYTES = TILE.cols * row_pitch(D), V_BYTES = TILE.cols * row_pitch(DV);
 
@@ -34,6 +36,25 @@ struct KeyValueTiles {
         V.load(V_smem(tile), p.v.row_stride, kv_len - tile * TILE.cols);
     }
 
+    __device__ __forceinline__ void load_first(const Params& p, int tile) {
+        if constexpr (V_FIRST) {
+            load_V(p, tile);
+        } else {
+            load_K(p, tile);
+        }
+    }
+
+    __device__ __forceinline__ void load_second(const Params& p, int tile) {
+        if constexpr (V_FIRST) {
+            load_K(p, tile);
+        } else {
+            load_V(p, tile);
+        }
+    }
+
+    __device__ __forceinline__ void split_K(int tile) const { split_rows<TILE.cols, D>(K_smem(tile)); }
+    __device__ __forceinline__ void split_V(int tile) const { split_rows<TILE.cols, DV>(V_smem(tile)); }
+
     // One asynchronous group; an empty one from tile `last` on.
     __device__ __forceinline__ void load(const Params& p, int tile, int last) {
         if (tile < last) {
@@ -43,34 +64,41 @@ struct KeyValueTiles {
         copy_async_commit();
     }
 
-    // Where K is needed first and V after it, in that order a tile: `begin` before the first tile, then for each tile
-    // `take_K` and, when everything that reads this K is issued, `take_V`. With one stage K and V are on their way in
-    // turn, each under the work on the other; with more the ring brings both.
+    // `begin` before the first tile, then for each tile `take_first` and, when everything that reads this one of K and
+    // V for the first time is issued, `take_second`. With one stage they are on their way in turn, each under the work
+    // on the other; with more the ring brings both.
     __device__ __forceinline__ void begin(const Params& p, const TileRange& tiles) {
         if constexpr (TILE.stages == 1) {
-            if (tiles.first < tiles.last) load_K(p, tiles.first);
+            if (tiles.first < tiles.last) load_first(p, tiles.first);
             copy_async_commit();
         } else {
             for (int stage = 0; stage < TILE.stages - 1; ++stage) load(p, tiles.first + stage, tiles.last);
         }
     }
 
-    __device__ __forceinline__ void take_K(const Params& p, const TileRange& tiles, int tile) {
+    __device__ __forceinline__ void take_first(const Params& p, const TileRange& tiles, int tile) {
         if constexpr (TILE.stages == 1) {
             copy_async_wait<0>();
-            __syncthreads();  // and everyone is done with the V before
-            load_V(p, tile);
+            V_FIRST ? split_V(tile) : split_K(tile);
+            __syncthreads();  // and everyone is done with the second one of the tile before
+            load_second(p, tile);
             copy_async_commit();
         } else {
-            advance_ring(tile, [&](int next) { load(p, next, tiles.last); });
+            advance_ring(
+                tile, [&](int next) { load(p, next, tiles.last); },
+                [&] {
+                    split_K(tile);
+                    split_V(tile);
+                });
         }
     }
 
-    __device__ __forceinline__ void take_V(const Params& p, const TileRange& tiles, int tile) {
+    __device__ __forceinline__ void take_second(const Params& p, const TileRange& tiles, int tile) {
         if constexpr (TILE.stages == 1) {
             copy_async_wait<0>();
-            __syncthreads();  // and everyone is done with this K
-            if (tile + 1 < tiles.last) load_K(p, tile + 1);
+            V_FIRST ? split_K(tile) : split_V(tile);
+            __syncthreads();  // and everyone is done with the first one
+            if (tile + 1 < tiles.last) load_first(p, tile + 1);
             copy_async_commit();
         }
     }

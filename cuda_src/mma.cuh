@@ -2,20 +2,20 @@
 // Accumulator of m16n8: lane l holds rows l/4 and l/4 + 8 (registers 0, 1 and 2, 3), columns 2 (l%4) and + 1.
 #pragma once
 
-__device__ __forceinline__ void mma_f16_m16n8k16(float (&d)[4], const unsigned int (&a)[4],
-                                                 const unsigned int (&b)[2]) {
+__device__ __forceinline__ void mma_f16_m16n8k16(float (&d)[4], const unsigned int (&a)[4], unsigned int b0,
+                                                 unsigned int b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ void mma_bf16_m16n8k16(float (&d)[4], const unsigned int (&a)[4],
-                                                  const unsigned int (&b)[2]) {
+__device__ __forceinline__ void mma_bf16_m16n8k16(float (&d)[4], const unsigned int (&a)[4], unsigned int b0,
+                                                  unsigned int b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Turing: contraction length 8.
@@ -23,21 +23,6 @@ __device__ __forceinline__ void mma_f16_m16n8k8(float (&d)[4], unsigned int a0, 
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a0), "r"(a1), "r"(b));
-}
-
-__device__ __forceinline__ void mma_tf32_m16n8k8(float (&d)[4], const unsigned int (&a)[4],
-                                                 const unsigned int (&b)[2]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// float32 to the nearest TF32.
-__device__ __forceinline__ unsigned int round_to_tf32(float x) {
-    unsigned int y;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-    return y;
 }
 
 // Four 8 x 16-byte matrices; lane l gives the address of row l%8 of matrix l/8.
@@ -75,6 +60,10 @@ __device__ __forceinline__ unsigned int load_shared_word(unsigned int smem_addre
 
 __device__ __forceinline__ void store_shared_word(unsigned int smem_address, unsigned int word) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem_address), "r"(word) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_pair(unsigned int smem_address, const unsigned int (&r)[2]) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(smem_address), "r"(r[0]), "r"(r[1]) : "memory");
 }
 
 __device__ __forceinline__ float2 load_shared_pair(unsigned int smem_address) {

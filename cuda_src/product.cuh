@@ -8,8 +8,8 @@
 #include "mma.cuh"
 
 constexpr bool IS_FLOAT32 = SPEC.dtype == Dtype::float32;
-constexpr bool THREE_TERMS = IS_FLOAT32 && !SPEC.allow_tf32;
-constexpr int STEPS_UNROLLED = IS_FLOAT32 ? 1 : 4;  // more only makes the code longer and takes registers
+constexpr bool TWO_TERMS = IS_FLOAT32 && !SPEC.allow_tf32;
+constexpr int STEPS_UNROLLED = IS_FLOAT32 && SPEC.head_dim > 128 ? 2 : 4;  // more takes registers
 
 // A row in shared memory is padded with zeros to whole steps of every warp that shares it, and then to an odd number of
 // 16-byte chunks, so that eight rows of one column of chunks lie in eight different groups of banks: no conflicts in
@@ -17,64 +17,96 @@ constexpr int STEPS_UNROLLED = IS_FLOAT32 ? 1 : 4;  // more only makes the code 
 __device__ constexpr int padded_dim(int dim) { return round_up(dim, 16 * TILE.split); }
 __device__ constexpr int row_pitch(int dim) { return padded_dim(dim) * ELEMENT_BYTES + 16; }
 
-// An operand of one step: for float32 split into two TF32 terms, x = hi + lo, which keep 23 of its 24 bits. hi is x
-// rounded to nearest, whose carry may run into the exponent, and tensor cores ignore the last 13 bits of lo. (A NaN
-// stays one in lo; an infinity becomes one: inf - inf.)
-template <int REGISTERS>
+// An operand of one step as the tensor cores take it, in 16-bit numbers: x, or for float32 its two terms (split.cuh).
 struct Fragment {
-    unsigned int hi[REGISTERS];
-    unsigned int lo[REGISTERS];  // unused unless THREE_TERMS
+    unsigned int hi[4];
+    unsigned int lo[4];  // unused unless TWO_TERMS
+};
 
-    __device__ __forceinline__ void set(int i, unsigned int raw) {
-        if constexpr (THREE_TERMS) {
-            hi[i] = raw + 0x1000 & 0xFFFFE000;
-            lo[i] = __float_as_uint(__uint_as_float(raw) - __uint_as_float(hi[i]));
-        } else if constexpr (IS_FLOAT32) {
-            hi[i] = round_to_tf32(__uint_as_float(raw));
-        } else {
-            hi[i] = raw;
-        }
+// What the rows of a left operand are to be multiplied by, those of a lane; for float32 alone.
+template <int M>
+struct RowUnits {
+    float of[M][2];
+
+    __device__ __forceinline__ explicit RowUnits(float of_all = 1.0f) {
+#pragma unroll
+        for (int i = 0; i < M; ++i) of[i][0] = of[i][1] = of_all;
     }
 };
 
-// acc [16, 8] += A [16, K_STEP] B [K_STEP, 8]. With float32 the product of the two low terms counts (WITH_LOW_LOW)
-// where both operands are inputs: S of a large score must be right to its last bit.
-template <bool WITH_LOW_LOW>
-__device__ __forceinline__ void multiply_add(float (&acc)[4], const Fragment<4>& a, const Fragment<2>& b) {
-    if constexpr (SPEC.dtype == Dtype::bfloat16) {
-        mma_bf16_m16n8k16(acc, a.hi, b.hi);
-    } else if constexpr (SPEC.dtype == Dtype::float16) {
-#if CUFLASH_ARCH >= 800
-        mma_f16_m16n8k16(acc, a.hi, b.hi);
-#else
-        mma_f16_m16n8k8(acc, a.hi[0], a.hi[1], b.hi[0]);
-        mma_f16_m16n8k8(acc, a.hi[2], a.hi[3], b.hi[1]);
-#endif
-    } else {
-        // Tensor cores truncate when they accumulate: each step starts at zero and is added in float32.
-        float step[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if constexpr (THREE_TERMS) {
-            if constexpr (WITH_LOW_LOW) mma_tf32_m16n8k8(step, a.lo, b.lo);
-            mma_tf32_m16n8k8(step, a.lo, b.hi);
-            mma_tf32_m16n8k8(step, a.hi, b.lo);
-        }
-        mma_tf32_m16n8k8(step, a.hi, b.hi);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[i] += step[i];
-    }
+// The bytes from a row's hi to its lo.
+__device__ constexpr int term_distance(int dim) { return padded_dim(dim) * OPERAND_BYTES; }
+
+// Four matrices at a lane's address in rows of DIM elements.
+template <int DIM>
+__device__ __forceinline__ void load_operand(Fragment& x, unsigned int smem_address) {
+    load_matrix_x4(x.hi, smem_address);
+    if constexpr (TWO_TERMS) load_matrix_x4(x.lo, smem_address + term_distance(DIM));
 }
 
-// Accumulator tiles n and n + 1 of acc [16 M, 8 N] += A [16 M, K_STEP] B [K_STEP, 16], B as one load gave it.
-template <bool WITH_LOW_LOW, int M, int N>
-__device__ __forceinline__ void multiply_pair(float (&acc)[M][N][4], int n, const Fragment<4> (&a)[M],
-                                              const unsigned int (&raw)[4]) {
+template <int DIM>
+__device__ __forceinline__ void load_operand_transposed(Fragment& x, unsigned int smem_address) {
+    load_matrix_x4_transposed(x.hi, smem_address);
+    if constexpr (TWO_TERMS) load_matrix_x4_transposed(x.lo, smem_address + term_distance(DIM));
+}
+
+__device__ __forceinline__ void multiply_half(float (&acc)[4], const unsigned int (&a)[4], unsigned int b0,
+                                              unsigned int b1) {
+#if CUFLASH_ARCH >= 800
+    mma_f16_m16n8k16(acc, a, b0, b1);
+#else
+    mma_f16_m16n8k8(acc, a[0], a[1], b0);
+    mma_f16_m16n8k8(acc, a[2], a[3], b1);
+#endif
+}
+
+// Accumulator tiles n and n + 1 of acc [16 M, 8 N] += units A [16 M, K_STEP] B [K_STEP, 16], B as one load gave it.
+template <int M, int N>
+__device__ __forceinline__ void multiply_pair(float (&acc)[M][N][4], int n, const Fragment (&a)[M], const Fragment& b,
+                                              const RowUnits<M>& units) {
+    if constexpr (IS_FLOAT32) {
+        // Tensor cores truncate when they accumulate: each step starts at zero and is added in float32. (What the
+        // product of the low terms would add is less than a float32's last bit of the factors.)
+        float step[2][M][4] = {};
+        if constexpr (TWO_TERMS) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        Fragment<2> b;
-        b.set(0, raw[2 * half]);
-        b.set(1, raw[2 * half + 1]);
+            for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int m = 0; m < M; ++m) multiply_add<WITH_LOW_LOW>(acc[m][n + half], a[m], b);
+                for (int m = 0; m < M; ++m) multiply_half(step[half][m], a[m].lo, b.hi[2 * half], b.hi[2 * half + 1]);
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int m = 0; m < M; ++m) multiply_half(step[half][m], a[m].hi, b.lo[2 * half], b.lo[2 * half + 1]);
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int m = 0; m < M; ++m) multiply_half(step[half][m], a[m].hi, b.hi[2 * half], b.hi[2 * half + 1]);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int r = 0; r < 4; ++r) {
+                    acc[m][n + half][r] = fmaf(units.of[m][r / 2], step[half][m][r], acc[m][n + half][r]);
+                }
+            }
+        }
+    } else {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                if constexpr (SPEC.dtype == Dtype::bfloat16) {
+                    mma_bf16_m16n8k16(acc[m][n + half], a[m].hi, b.hi[2 * half], b.hi[2 * half + 1]);
+                } else {
+                    multiply_half(acc[m][n + half], a[m].hi, b.hi[2 * half], b.hi[2 * half + 1]);
+                }
+            }
+        }
     }
 }
 
@@ -88,38 +120,34 @@ __device__ __forceinline__ void multiply_nt(float (&acc)[M][N][4], unsigned int 
     const unsigned int b_lane = b_smem + (lane % 8 + lane / 16 * 8) * PITCH + (lane / 8 % 2) * 16;
 #pragma unroll UNROLLED
     for (int step = 0; step < padded_dim(DIM) / K_STEP; ++step) {
-        Fragment<4> a[M];
+        Fragment a[M];
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
-            unsigned int raw[4];
-            load_matrix_x4(raw, a_lane + m * 16 * PITCH + step * 32);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) a[m].set(i, raw[i]);
-        }
+        for (int m = 0; m < M; ++m) load_operand<DIM>(a[m], a_lane + m * 16 * PITCH + step * 32);
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
-            unsigned int raw[4];
-            load_matrix_x4(raw, b_lane + n * 8 * PITCH + step * 32);
-            multiply_pair<true>(acc, n, a, raw);
+            Fragment b;
+            load_operand<DIM>(b, b_lane + n * 8 * PITCH + step * 32);
+            multiply_pair(acc, n, a, b, RowUnits<M>());
         }
     }
 }
 
-// P [16, 8 K] as a left operand: packed for 16-bit types, 16 columns a step; for float32, 8 columns a step, as it is.
+// P [16, 8 K] as a left operand, packed, 16 columns a step.
 template <int K>
 struct AccumulatorOperand {
-    unsigned int raw[8 * K / K_STEP][4];
+    Fragment steps[K / 2];
 
-    // Rows l/4 (half 0) or l/4 + 8 of lane l, from accumulators.
+    // Rows l/4 (half 0) or l/4 + 8 of lane l, from accumulators; of float32 those up to 2^15.
     __device__ __forceinline__ void set(int half, const float (&p)[K][4]) {
 #pragma unroll
         for (int n = 0; n < K; ++n) {
-            if constexpr (IS_FLOAT32) {  // contraction index t is column 2 t, and t + 4 is column 2 t + 1
-                raw[n][half] = __float_as_uint(p[n][2 * half]);
-                raw[n][2 + half] = __float_as_uint(p[n][2 * half + 1]);
+            const float x = p[n][2 * half], y = p[n][2 * half + 1];
+            unsigned int& word = steps[n / 2].hi[n % 2 * 2 + half];
+            if constexpr (IS_FLOAT32) {
+                word = pack_half(x, y);
+                if constexpr (TWO_TERMS) steps[n / 2].lo[n % 2 * 2 + half] = pack_rest(x, y, word);
             } else {
-                unsigned int& word = raw[n / 2][n % 2 * 2 + half];
-                word = pack(p[n][2 * half], p[n][2 * half + 1]);
+                word = pack(x, y);
                 asm volatile("" : "+r"(word));  // now: the registers of a row are needed for the next
             }
         }
@@ -132,48 +160,30 @@ struct AccumulatorOperand {
 
     // Register r of accumulator tile n, as it was rounded to a 16-bit type.
     __device__ __forceinline__ float element(int n, int r) const {
-        const float2 pair = unpack(raw[n / 2][n % 2 * 2 + r / 2]);
+        const float2 pair = unpack(steps[n / 2].hi[n % 2 * 2 + r / 2]);
         return r % 2 ? pair.y : pair.x;
-    }
-
-    __device__ __forceinline__ Fragment<4> step(int i) const {
-        Fragment<4> a;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) a.set(j, raw[i][j]);
-        return a;
     }
 };
 
-// acc [16 M, 8 N] += P [16 M, 8 K] B [8 K, 8 N]; B's rows of DIM elements in shared memory, from the given address on.
+// acc [16 M, 8 N] += units P [16 M, 8 K] B [8 K, 8 N]; B's rows of DIM elements in shared memory, from the given
+// address on.
 template <int DIM, int M, int K, int N>
 __device__ __forceinline__ void multiply_nn(float (&acc)[M][N][4], const AccumulatorOperand<K> (&p)[M],
-                                            unsigned int b_smem) {
+                                            unsigned int b_smem, const RowUnits<M>& units = RowUnits<M>()) {
+    static_assert(N % 2 == 0);
     constexpr int PITCH = row_pitch(DIM);
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int step = 0; step < 8 * K / K_STEP; ++step) {
-        Fragment<4> a[M];
+        Fragment a[M];
 #pragma unroll
-        for (int m = 0; m < M; ++m) a[m] = p[m].step(step);
-        if constexpr (IS_FLOAT32) {  // rows 2 t and 2 t + 1, column of the lane's group
-            const unsigned int b_lane = b_smem + (8 * step + 2 * (lane % 4)) * PITCH + (lane / 4) * 4;
+        for (int m = 0; m < M; ++m) a[m] = p[m].steps[step];
+        const unsigned int b_lane = b_smem + (16 * step + lane % 16) * PITCH + (lane / 16) * 16;
 #pragma unroll
-            for (int n = 0; n < N; ++n) {
-                Fragment<2> b;
-                b.set(0, load_shared_word(b_lane + n * 32));
-                b.set(1, load_shared_word(b_lane + n * 32 + PITCH));
-#pragma unroll
-                for (int m = 0; m < M; ++m) multiply_add<false>(acc[m][n], a[m], b);
-            }
-        } else {
-            static_assert(N % 2 == 0);
-            const unsigned int b_lane = b_smem + (16 * step + lane % 16) * PITCH + (lane / 16) * 16;
-#pragma unroll
-            for (int n = 0; n < N; n += 2) {
-                unsigned int raw[4];
-                load_matrix_x4_transposed(raw, b_lane + n * 16);
-                multiply_pair<false>(acc, n, a, raw);
-            }
+        for (int n = 0; n < N; n += 2) {
+            Fragment b;
+            load_operand_transposed<DIM>(b, b_lane + n * 16);
+            multiply_pair(acc, n, a, b, units);
         }
     }
 }
@@ -190,7 +200,7 @@ __device__ __forceinline__ void multiply_stored(float (&acc)[M][N][4], unsigned 
     const unsigned int b_lane = b_smem + (lane % 16) * PITCH + (lane / 16) * 16;
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-        Fragment<4> a[M];
+        Fragment a[M];
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             if constexpr (TRANSPOSED) {
@@ -201,9 +211,9 @@ __device__ __forceinline__ void multiply_stored(float (&acc)[M][N][4], unsigned 
         }
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
-            unsigned int raw[4];
-            load_matrix_x4_transposed(raw, b_lane + step * 16 * PITCH + n * 16);
-            multiply_pair<false>(acc, n, a, raw);
+            Fragment b;
+            load_matrix_x4_transposed(b.hi, b_lane + step * 16 * PITCH + n * 16);
+            multiply_pair(acc, n, a, b, RowUnits<M>());
         }
     }
 }

@@ -19,7 +19,7 @@ struct Spec {
     bool dropout;
     bool deterministic;
     bool lean;        // the backward uses no workspace for dQ
-    bool allow_tf32;  // float32 products with one TF32 term instead of three
+    bool allow_tf32;  // float32 numbers as one term with the mantissa of TF32 instead of two
     bool parts;       // few queries: their heads share tiles, and thread blocks share the keys (forward_combine.cu)
 };
 

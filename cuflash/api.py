@@ -91,8 +91,8 @@ def flash_attention(
         Bitwise the same results from the same inputs. (The forward always is, and so are the gradients of the NumPy
         backend.)
     allow_tf32 : bool
-        float32 products on a GPU with TF32's 10-bit mantissas; by default they have float32 accuracy (three TF32
-        terms).
+        float32 products on a GPU with TF32's 10-bit mantissas; by default they have float32 accuracy (two terms of
+        float16 and a power of two a row, Ootomo and Yokota, 2022).
     layout : "bshd" or "bhsd"
     backend : None, "numpy" or "cuda"
         None chooses by where the arrays are. "cuda" with arrays in the CPU's memory computes on the current GPU and

@@ -47,7 +47,7 @@ class Spec:
     dropout: bool = False
     deterministic: bool = False
     lean: bool = False  # the backward uses no workspace for dQ
-    allow_tf32: bool = False  # float32 products with one TF32 term instead of three
+    allow_tf32: bool = False  # float32 numbers as one term with the mantissa of TF32 instead of two
     parts: bool = False  # few queries: their heads share tiles, and thread blocks share the keys (forward_combine.cu)
 
     def render(self) -> str:

@@ -17,6 +17,8 @@ def allowed_spills(job: Job) -> int:
     name, spec, tile, *_ = job
     if name in ("backward_hopper", "backward_hopper_dq"):
         return SPILLS * (spec.softcap or spec.dropout)
+    if spec.dtype == "float32":
+        return SPILLS * name.startswith(("forward_portable", "backward_portable"))
     return SPILLS * (name == "backward_portable" and not spec.lean and tile.stages > 1)
 
 
