@@ -119,10 +119,10 @@ def cupy_memory(array: Any) -> np.ndarray:
 def tensor_core_error(case: Case, inputs: Inputs, name: str, oracle: np.ndarray) -> float:
     """What tensor cores lose beside float32 arithmetic.
 
-    float32 factors are split in two TF32 terms, which keep 23 bits: half a unit in the last place of the result, also
-    where a naive computation happens to be exact (one key, P = 1), and of S in LSE, where a bias may leave little of
-    it. 16-bit factors are exact, but the sums S = q.k are truncated, not rounded, after every 8 of head_dim terms, by
-    at most 2^-24 of the sum on average; LSE shows it, other results are rounded to 16 bits anyway.
+    float32 factors are split in two terms, whose product keeps 23 bits: half a unit in the last place of the result,
+    also where a naive computation happens to be exact (one key, P = 1), and of S in LSE, where a bias may leave little
+    of it. 16-bit factors are exact, but the sums S = q.k are truncated, not rounded, after every 8 of head_dim terms,
+    by at most 2^-24 of the sum on average; LSE shows it, other results are rounded to 16 bits anyway.
     """
     rounding = 2**-24 * float(np.abs(oracle[np.isfinite(oracle)]).max(initial=0.0)) if case.dtype == "float32" else 0.0
     if case.dtype == "float32" and case.q_len == case.kv_len == 1 and not (case.dlse or case.sequences):

@@ -276,6 +276,51 @@ def test_tf32_is_coarser_than_float32_and_no_worse_than_its_mantissa(cp: Any) ->
         assert fine_error < coarse_error < 2**-10  # one TF32 term rounds a factor by 2^-11 at most
 
 
+def _naive(cp: Any, q: Any, k: Any, v: Any, dout: Any) -> list[Any]:
+    """out, dq, dk and dv of [1, len, heads, head_dim], causal, by the plain formulas in the dtype of the arrays."""
+    q, k, v, dout = (x[0].swapaxes(0, 1) for x in (q, k, v, dout))
+    scale = q.dtype.type(q.shape[-1] ** -0.5)
+    s = q @ k.swapaxes(1, 2) * scale
+    s[:, ~cp.tri(*s.shape[1:], dtype=bool)] = -cp.inf
+    p = cp.exp(s - s.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    out = p @ v
+    ds = p * (dout @ v.swapaxes(1, 2) - (dout * out).sum(axis=-1, keepdims=True)) * scale
+    results = (out, ds @ k, ds.swapaxes(1, 2) @ q, p.swapaxes(1, 2) @ dout)
+    return [x.swapaxes(0, 1)[None] for x in results]
+
+
+@pytest.mark.parametrize("dim", [16, 64, 96, 128, 256])
+def test_float32_rows_of_all_sizes(cp: Any, dim: int) -> None:
+    """Whatever stands beside it: a row of q, v or dout keeps its bits."""
+    random = np.random.default_rng(dim)
+    q, k, v, dout = (random.standard_normal((1, 200, 2, dim), dtype=np.float32) for _ in range(4))
+    for x, decades in ((q, 6), (v, 4), (dout, 12)):  # k of such sizes would leave a query one key
+        x *= (10.0 ** random.uniform(-decades, 0, x.shape[:-1]))[..., None].astype(np.float32)
+    arrays = [cp.asarray(x) for x in (q, k, v, dout)]
+    out, _, *gradients = _forward_backward(*arrays, causal=True)
+    exact = _naive(cp, *(x.astype(np.float64) for x in arrays))
+    naive = _naive(cp, *arrays)
+    for name, ours, theirs, expected in zip(("out", "dq", "dk", "dv"), (out, *gradients), naive, exact, strict=True):
+        size = cp.linalg.norm(expected, axis=-1)
+        errors = [(cp.linalg.norm(x - expected, axis=-1) / size).ravel() for x in (ours, theirs)]
+        for part in (0.5, 0.95):  # of the rows; in some, as in dq of the first query, everything cancels
+            error, bound = (float(cp.quantile(x, part)) for x in errors)
+            assert error < (2 if name == "out" else 3) * bound, (name, part)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_a_number_that_is_not_finite_leaves_float32_columns_alone(cp: Any, bad: float) -> None:
+    q, k, v, _ = _inputs(cp, dtype="float32")
+    out = cuflash.flash_attention(q, k, v, causal=True)
+    v[0, 7, 0, 5] = bad
+    found = cuflash.flash_attention(q, k, v, causal=True)
+    assert not bool(cp.isfinite(found[0, 7:, 0, 5]).any())  # for queries that see the key
+    other = cp.ones(out.shape, bool)
+    other[0, :, 0, 5] = False  # (0 times it is NaN, for those that do not)
+    np.testing.assert_allclose(found[other].get(), out[other].get(), rtol=1e-6, atol=1e-7)
+
+
 def test_unsupported_dtype_says_what_to_do(cp: Any) -> None:
     inputs = _inputs(cp, dtype="float64")
     with pytest.raises(cuflash.UnsupportedError, match=r"float64.*cast to float32"):
