@@ -106,7 +106,7 @@ class Gpu:
 
     def draw(self, workload: Workload) -> Inputs:
         """Fresh normal inputs: drawn on the GPU by torch where it has one, else on the host."""
-        return Inputs(self.xp, *(self._normal(shape) for shape in _shapes(workload)))
+        return Inputs(self.xp, *(self._normal(shape, workload.dtype or self.dtype) for shape in _shapes(workload)))
 
     def seconds(self, contestant: Contestant, repeats: int, before: int = 0) -> float:
         """Time of one call on the GPU, without the flush: the mean of `repeats` after `before` that are not timed; of a
@@ -150,12 +150,12 @@ class Gpu:
         a, b = (torch.randn(_GEMM, _GEMM, device="cuda", dtype=getattr(torch, self.dtype)) for _ in range(2))
         return _ceiling(_median(self, lambda: a @ b, 10), _GEMM, copy, _COPY)
 
-    def _normal(self, shape: tuple[int, ...]) -> Any:
+    def _normal(self, shape: tuple[int, ...], dtype: str) -> Any:
         if self._has_torch:
             import torch
 
-            return self.xp.from_dlpack(torch.randn(shape, device="cuda", dtype=getattr(torch, self.dtype)))
-        return self.xp.asarray(np.random.default_rng().standard_normal(shape, np.float32)).astype(dtype_of(self.dtype))
+            return self.xp.from_dlpack(torch.randn(shape, device="cuda", dtype=getattr(torch, dtype)))
+        return self.xp.asarray(np.random.default_rng().standard_normal(shape, np.float32)).astype(dtype_of(dtype))
 
 
 def _torch_has_gpu() -> bool:

@@ -33,7 +33,7 @@ def new(table: Table, device: Cpu | Gpu, missing: dict[str, str], ceiling: dict[
         **{name: version for name in _LIBRARIES if (version := machine.version_of(name)) is not None},
         **_gpu_libraries(device),
         "cuflash": machine.versions()["cuflash"],
-        "dtype": device.dtype,
+        "dtype": next((x.dtype for x in table.workloads if x.dtype), device.dtype),
         "unit": UNITS[table.quantity],
         "ceiling": ceiling,
         "missing": missing,

@@ -35,6 +35,7 @@ class Workload:
     q_len: int
     causal: bool = True
     sequences: tuple[int, ...] = ()
+    dtype: str | None = None  # the device's own
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -99,6 +100,16 @@ def paper(reduced: bool) -> tuple[Table, ...]:
             for head_dim, length, causal in product(head_dims, lengths, (False, True))
         ],
     )
+
+
+def float32(reduced: bool) -> tuple[Table, ...]:
+    """The grid of `paper` at two of its lengths, in float32."""
+    tables = []
+    for table in paper(reduced):
+        chosen = (x for x in table.workloads if reduced or x.length in (2_048, 8_192))
+        workloads = tuple(replace(x, dtype="float32") for x in chosen)
+        tables.append(replace(table, name=f"float32_{table.name}", workloads=workloads))
+    return tuple(tables)
 
 
 def gqa(reduced: bool) -> tuple[Table, ...]:
@@ -167,6 +178,7 @@ def host(_: bool) -> tuple[Table, ...]:
 
 SUITES: dict[str, Callable[[bool], tuple[Table, ...]]] = {
     "paper": paper,
+    "float32": float32,
     "gqa": gqa,
     "long": long,
     "packed": packed,
