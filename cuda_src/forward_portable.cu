@@ -23,8 +23,8 @@ constexpr int SLICE = padded_dim(DV) / TILE.split;
 constexpr int N_OUT = SLICE / 8;  // and across a slice of O
 // Steps of S in one piece: where heads are wide it is short of keys, and registers suffice for more.
 constexpr int S_UNROLLED = IS_FLOAT32 ? 2 : D <= 128 ? STEPS_UNROLLED : 16;
-// The logarithm of the largest P: of float32 terms far above the smallest float16. It goes into m, and cancels.
-constexpr float PEAK = IS_FLOAT32 ? 8.0f : 0.0f;
+// What P is multiplied by for float32, and O divided: terms far above the smallest float16, and exact where P is 1.
+constexpr float PEAK = 16384.0f;
 constexpr bool LINEAR = !SPEC.softcap && !SPEC.alibi && !DENSE;
 // Whether where the rows belong is kept over the loop. That takes registers, which ptxas finds for Hopper and 16-bit
 // types, where it is faster by up to 2%; else it is worked out anew (but not packed, where that takes a search).
@@ -80,7 +80,7 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     const bool by_factor = LINEAR && !(scores.factor > 0.0f);
     const float unit = LINEAR && !by_factor ? scores.factor : 1.0f;
     float O[M][N_OUT][4] = {};  // [rows, head_dim_v]
-    float m[M][2];              // running row maximum of S (times UNIT), less PEAK
+    float m[M][2];              // running row maximum of S (times UNIT)
     float l[M][2] = {};         // and row sum of e^(S - m), this lane's columns
 #pragma unroll
     for (int i = 0; i < M; ++i) m[i][0] = m[i][1] = LOWEST;
@@ -170,7 +170,7 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                     largest[0] = fmaxf(largest[0], S[i][n][2 * half]);
                     largest[1] = fmaxf(largest[1], S[i][n][2 * half + 1]);
                 }
-                const float m_new = fmaxf(m[i][half], row_maximum(fmaxf(largest[0], largest[1])) * unit - PEAK);
+                const float m_new = fmaxf(m[i][half], row_maximum(fmaxf(largest[0], largest[1])) * unit);
                 rescale[i][half] = exponential(m[i][half] - m_new);
                 m[i][half] = m_new;
                 l[i][half] *= rescale[i][half];
@@ -196,13 +196,13 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
             for (int i = 0; i < M; ++i) dropout.draw(kept[i], q_first + warp_row + 16 * i, kv_first);
         }
         const float V_unit = IS_FLOAT32 ? largest_unit<TILE.cols, DV>(V_smem) : 1.0f;
-        const float per_unit = inverse_power(V_unit);
+        const float per_unit = PEAK * inverse_power(V_unit);
         float of_tile[M][2] = {};  // its row sums, apart for float32: the fewer numbers a sum has, the less it rounds
         constexpr int STEP = 2;    // accumulator tiles, 16 keys
 #pragma unroll
         for (int n = 0; n < N; n += STEP) {
             AccumulatorOperand<STEP> P[M];
-            // The units of V's rows, in that of the largest, which P takes over: where they differ by more than 2^14 in
+            // The units of V's rows, in that of the largest, which P takes over: where they differ by more than 2^17 in
             // a tile, queries that attend to the small ones alone lose bits of them.
             float unit_of[STEP][2];
             if constexpr (IS_FLOAT32) {
@@ -230,7 +230,8 @@ KERNEL(forward_portable, TILE.blocks)(ARGUMENT(Params) p) {
                 }
                 P[i].set(p_of_step);
             }
-            multiply_nn<DV>(O, P, V_smem + 8 * n * row_pitch(DV) + first_col * OPERAND_BYTES, RowUnits<M>(V_unit));
+            multiply_nn<DV>(O, P, V_smem + 8 * n * row_pitch(DV) + first_col * OPERAND_BYTES,
+                            RowUnits<M>(V_unit / PEAK));
         }
         if constexpr (IS_FLOAT32) {
 #pragma unroll

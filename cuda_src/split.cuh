@@ -13,9 +13,9 @@
 struct PowerOfTwo {
     float scale, unit;
 
-    // For numbers up to `largest`. (Both stay normal: what is below 2^-112 loses bits.)
+    // For numbers up to `largest`. (Both stay far from the ends of float32: what is below 2^-98 loses bits.)
     __device__ __forceinline__ explicit PowerOfTwo(float largest) {
-        const unsigned int exponent = max(__float_as_uint(largest) >> 23, 15u);
+        const unsigned int exponent = max(__float_as_uint(largest) >> 23, 29u);
         scale = __uint_as_float((268u - exponent) << 23);
         unit = __uint_as_float((exponent - 14u) << 23);
     }
