@@ -147,13 +147,7 @@ KERNEL(backward_portable, TILE.blocks)(ARGUMENT(Params) p) {
     } else {
         for (int stage = 0; stage < (SUMS_DQ ? 1 : TILE.stages - 1); ++stage) load_step(stage);
     }
-    if constexpr (IS_FLOAT32) {
-        copy_async_commit();
-        copy_async_wait<0>();
-        __syncthreads();
-        split_rows<TILE.cols, D>(K_smem);
-        split_rows<TILE.cols, DV>(V_smem);
-    }
+    split_resident<TILE.cols, D, DV>(K_smem, V_smem);
     for (int step = 0; step < steps; ++step) {
         if constexpr (!SUMS_DQ) {
             advance_ring(step, load_step, [&] {

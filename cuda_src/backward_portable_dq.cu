@@ -55,13 +55,7 @@ __device__ __forceinline__ void differentiate_queries(const Params& p, const Wor
     load_tile<TILE.rows, D>(Q_smem, head_rows(p.q, sequence.batch, q_row, head), p.q.row_stride, q_rows);
     load_tile<TILE.rows, DV>(dO_smem, head_rows(p.dout, sequence.batch, q_row, head), p.dout.row_stride, q_rows);
     kv.begin(p, tiles);
-    if constexpr (IS_FLOAT32) {
-        copy_async_commit();
-        copy_async_wait<0>();
-        __syncthreads();
-        split_rows<TILE.rows, D>(Q_smem);
-        split_rows<TILE.rows, DV>(dO_smem);
-    }
+    split_resident<TILE.rows, D, DV>(Q_smem, dO_smem);
     for (int tile = tiles.first; tile < tiles.last; ++tile) {
         kv.take_first(p, tiles, tile);
         const unsigned int K_smem = kv.K_smem(tile), V_smem = kv.V_smem(tile);

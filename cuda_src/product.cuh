@@ -60,6 +60,19 @@ __device__ __forceinline__ void multiply_half(float (&acc)[4], const unsigned in
 #endif
 }
 
+// The product of one term of A, hi or lo, and one of B, added to its accumulator tiles.
+template <bool A_LOW, bool B_LOW, int M>
+__device__ __forceinline__ void multiply_terms(float (&step)[2][M][4], const Fragment (&a)[M], const Fragment& b) {
+    const unsigned int (&of_b)[4] = B_LOW ? b.lo : b.hi;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            multiply_half(step[half][m], A_LOW ? a[m].lo : a[m].hi, of_b[2 * half], of_b[2 * half + 1]);
+        }
+    }
+}
+
 // Accumulator tiles n and n + 1 of acc [16 M, 8 N] += units A [16 M, K_STEP] B [K_STEP, 16], B as one load gave it.
 template <int M, int N>
 __device__ __forceinline__ void multiply_pair(float (&acc)[M][N][4], int n, const Fragment (&a)[M], const Fragment& b,
@@ -69,22 +82,10 @@ __device__ __forceinline__ void multiply_pair(float (&acc)[M][N][4], int n, cons
         // product of the low terms would add is less than a float32's last bit of the factors.)
         float step[2][M][4] = {};
         if constexpr (TWO_TERMS) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                for (int m = 0; m < M; ++m) multiply_half(step[half][m], a[m].lo, b.hi[2 * half], b.hi[2 * half + 1]);
-            }
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                for (int m = 0; m < M; ++m) multiply_half(step[half][m], a[m].hi, b.lo[2 * half], b.lo[2 * half + 1]);
-            }
+            multiply_terms<true, false>(step, a, b);
+            multiply_terms<false, true>(step, a, b);
         }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-            for (int m = 0; m < M; ++m) multiply_half(step[half][m], a[m].hi, b.hi[2 * half], b.hi[2 * half + 1]);
-        }
+        multiply_terms<false, false>(step, a, b);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll

@@ -121,31 +121,44 @@ struct SplitTile {
 template <int ROWS, int DIM>
 __device__ __forceinline__ void split_rows(unsigned int X_smem) {
     if constexpr (IS_FLOAT32) {
-        using Tile = SplitTile<ROWS, DIM>;
-        if constexpr (!Tile::OWN) __syncthreads();
-        const Tile tile(X_smem);
+        using Split = SplitTile<ROWS, DIM>;
+        if constexpr (!Split::OWN) __syncthreads();
+        const Split tile(X_smem);
 #pragma unroll 1
-        for (int begin = 0; begin < ROWS; begin += Tile::TOGETHER * Tile::STEP) {
-            float x[Tile::TOGETHER][Tile::COUNT], largest[Tile::TOGETHER], unit[Tile::TOGETHER];
+        for (int begin = 0; begin < ROWS; begin += Split::TOGETHER * Split::STEP) {
+            float x[Split::TOGETHER][Split::COUNT], largest[Split::TOGETHER];
+            float scale[Split::TOGETHER], unit[Split::TOGETHER];
 #pragma unroll
-            for (int i = 0; i < Tile::TOGETHER; ++i) tile.load(x[i], begin + i * Tile::STEP);
+            for (int i = 0; i < Split::TOGETHER; ++i) tile.load(x[i], begin + i * Split::STEP);
             largest_finite(largest, x);
 #pragma unroll
-            for (int i = 0; i < Tile::TOGETHER; ++i) {
-                const PowerOfTwo power(largest_of_lanes<Tile::LANES>(largest[i]));
-                largest[i] = power.scale;
+            for (int i = 0; i < Split::TOGETHER; ++i) {
+                const PowerOfTwo power(largest_of_lanes<Split::LANES>(largest[i]));
+                scale[i] = power.scale;
                 unit[i] = power.unit;
             }
             __syncwarp();  // a row is read and written by one warp
 #pragma unroll
-            for (int i = 0; i < Tile::TOGETHER; ++i) {
-                const int first = begin + i * Tile::STEP;
-                tile.store(x[i], first, largest[i]);
+            for (int i = 0; i < Split::TOGETHER; ++i) {
+                const int first = begin + i * Split::STEP;
+                tile.store(x[i], first, scale[i]);
                 if (tile.lane_chunk == 0 && tile.has(first, 0)) {
-                    store_shared_word(tile.row_smem(first) + Tile::PADDING, __float_as_uint(unit[i]));
+                    store_shared_word(tile.row_smem(first) + Split::PADDING, __float_as_uint(unit[i]));
                 }
             }
         }
+    }
+}
+
+// Two tiles that stay, with all copies under way; as above.
+template <int ROWS, int DIM_X, int DIM_Y>
+__device__ __forceinline__ void split_resident(unsigned int X_smem, unsigned int Y_smem) {
+    if constexpr (IS_FLOAT32) {
+        copy_async_commit();
+        copy_async_wait<0>();
+        __syncthreads();
+        split_rows<ROWS, DIM_X>(X_smem);
+        split_rows<ROWS, DIM_Y>(Y_smem);
     }
 }
 
